@@ -1,0 +1,3 @@
+"""edgemoa: small boards on one network answer a prompt together."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,219 @@
+"""What a shell tells the node (arguments of its methods) and what the node wants done (effects).
+
+Times are integer milliseconds on the board's own monotonic clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from edgemoa.core.messages import BoardId, ChatMessage, Message, Sampling
+
+JobKind: TypeAlias = Literal["proposal", "aggregation"]
+Finish: TypeAlias = Literal["stop", "length"]
+
+
+# --- inputs
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A prompt of this board's own user, checked and measured, on its way in."""
+
+    request_id: str
+    messages: tuple[ChatMessage, ...]
+    prompt_tokens: int  # as the model counts them, chat template included
+    layers: int  # M, as asked for
+    proposers: int  # k, as asked for
+    sampling: Sampling  # of the answer; proposals have their own
+    deadline_ms: int  # from acceptance
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the model process says of itself once it is ready."""
+
+    model: str
+    context_tokens: int
+    slots: int  # jobs that it works on at a time
+
+
+class WorkDone(msgspec.Struct, frozen=True):
+    """A finished job. ``work_ms`` = prefill + decode."""
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    tokens: int
+    prefill_ms: int
+    decode_ms: int
+
+    @property
+    def work_ms(self) -> int:
+        """Time on the model, queueing excluded."""
+        return self.prefill_ms + self.decode_ms
+
+
+class WorkFailed(msgspec.Struct, frozen=True):
+    """A job that the engine could not do. ``reason`` never carries any of the prompt."""
+
+    reason: str
+    code: Literal["context", "engine"] = "engine"
+
+
+# --- effects
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Deliver ``message`` to a paired board; report :meth:`Node.undelivered` if that fails."""
+
+    to: BoardId
+    message: Message
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One piece of inference. ``job_id`` is unique within this run of the board."""
+
+    job_id: int
+    kind: JobKind
+    messages: tuple[ChatMessage, ...]
+    sampling: Sampling
+    stream: bool  # report text as it is written
+
+
+class StartWork(msgspec.Struct, frozen=True):
+    """Hand a job to the engine; it has a free slot."""
+
+    job: Job
+
+
+class StopWork(msgspec.Struct, frozen=True):
+    """Nobody waits for this running job any longer; the engine reports nothing more of it."""
+
+    job_id: int
+
+
+class Tell(msgspec.Struct, frozen=True):
+    """Something to tell the local client that waits for ``request_id``."""
+
+    request_id: str
+    event: RequestEvent
+
+
+Effect: TypeAlias = Send | StartWork | StopWork | Tell
+
+
+# --- what a waiting client hears, in this order: Accepted, any number of the middle ones, then
+# --- exactly one of Answered and Failed
+
+
+class Granted(msgspec.Struct, frozen=True):
+    """The plan that a prompt runs with. ``why`` is empty where it is what was asked for."""
+
+    layers: int
+    proposers: int
+    why: str = ""
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The prompt will be answered or refused with a reason. ``position`` counts jobs before it."""
+
+    granted: Granted
+    position: int
+
+
+class ProposalRecord(msgspec.Struct, frozen=True):
+    """One proposal, as shown to the user: who, where its time went, how much was written."""
+
+    board: str  # name
+    board_id: BoardId
+    model: str
+    layer: int
+    prompt_tokens: int
+    tokens: int
+    queue_ms: int
+    work_ms: int
+    own: bool
+
+
+class LeftOut(msgspec.Struct, frozen=True):
+    """A proposer that a layer went on without."""
+
+    board: str
+    board_id: BoardId
+    layer: int
+    reason: str
+
+
+class ProposalArrived(msgspec.Struct, frozen=True, tag="proposal"):
+    """A proposal is in."""
+
+    proposal: ProposalRecord
+
+
+class ProposerLeftOut(msgspec.Struct, frozen=True, tag="left_out"):
+    """A proposer will not be waited for."""
+
+    left_out: LeftOut
+
+
+class LayerStarted(msgspec.Struct, frozen=True, tag="layer"):
+    """The boards of this layer have been asked."""
+
+    layer: int
+    boards: tuple[str, ...]
+
+
+class Aggregating(msgspec.Struct, frozen=True, tag="aggregating"):
+    """The layers are done; the owner's model writes the answer of so many proposals."""
+
+    proposals: int
+
+
+class Text(msgspec.Struct, frozen=True, tag="text"):
+    """The next piece of the answer."""
+
+    text: str
+
+
+class Answered(msgspec.Struct, frozen=True, tag="answered"):
+    """The end: the whole answer and how it came about."""
+
+    text: str
+    finish: Literal["stop", "length", "deadline"]
+    granted: Granted
+    proposals: tuple[ProposalRecord, ...]
+    left_out: tuple[LeftOut, ...]
+    prompt_tokens: int  # of the user's own prompt
+    tokens: int  # of the answer; the pieces told where the deadline cut it
+    queue_ms: int  # of the aggregation
+    work_ms: int  # of the aggregation
+    total_ms: int
+    note: str = ""  # where the answer is not what the plan would have made it, why
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The end: no answer, and why."""
+
+    code: Literal[
+        "overloaded",
+        "engine_failed",
+        "deadline_exceeded",
+        "context_length_exceeded",
+        "cancelled",
+        "unavailable",
+    ]
+    reason: str
+    retry_after_ms: int = 0
+
+
+RequestEvent: TypeAlias = (
+    Accepted
+    | LayerStarted
+    | ProposalArrived
+    | ProposerLeftOut
+    | Aggregating
+    | Text
+    | Answered
+    | Failed
+)

@@ -1,0 +1,127 @@
+"""What boards say to each other, as typed values.
+
+``edgemoa.core.envelope`` turns them into signed bytes and back; nothing else knows the encoding.
+Decoding ignores fields that it does not know, so that a newer board of the same protocol version
+may add some. Every string and list is bounded here, by type.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NewType, TypeAlias
+
+import msgspec
+
+from edgemoa.core import limits
+
+BoardId = NewType("BoardId", str)
+"""The board's identity: see :func:`edgemoa.core.envelope.board_id`."""
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_BYTES)]
+Reason: TypeAlias = Annotated[str, msgspec.Meta(max_length=limits.MAX_REASON_BYTES)]
+RequestId: TypeAlias = Annotated[str, msgspec.Meta(min_length=8, max_length=64)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Millis: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Layer: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_LAYERS)]
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: Role
+    content: Annotated[str, msgspec.Meta(max_length=limits.MAX_PROMPT_BYTES)]
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to pick tokens. ``temperature`` 0 is greedy; ``stop`` ends a text before itself."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] = 256
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
+    stop: Annotated[
+        tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=256)], ...],
+        msgspec.Meta(max_length=8),
+    ] = ()
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """A board's heartbeat and load report, once a second to each paired board.
+
+    ``boot`` changes when the board restarts: what it asked for before is void then. ``sequence``
+    grows within a boot; an older report never replaces a newer one.
+    """
+
+    boot: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+    sequence: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+    name: Name
+    accepting: bool
+    model: Name
+    waiting: Count
+    running: Count
+    expected_wait_ms: Millis
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """The board stops in good order; no need to suspect it first."""
+
+    boot: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class Propose(msgspec.Struct, frozen=True, tag="propose"):
+    """The owner asks for a proposal. Asked again (the answer got lost), it is answered again,
+    not computed again: ``(sender, request_id, layer)`` names the work."""
+
+    request_id: RequestId
+    layer: Layer
+    messages: Annotated[
+        tuple[ChatMessage, ...], msgspec.Meta(min_length=1, max_length=limits.MAX_MESSAGES)
+    ]
+    sampling: Sampling
+    time_left_ms: Millis
+
+
+class Queued(msgspec.Struct, frozen=True, tag="queued"):
+    """The proposer took the work; ``position`` counts the jobs before it."""
+
+    request_id: RequestId
+    layer: Layer
+    position: Count
+    expected_wait_ms: Millis
+
+
+class Declined(msgspec.Struct, frozen=True, tag="declined"):
+    """The proposer does not take the work, or took it and could not do it."""
+
+    request_id: RequestId
+    layer: Layer
+    reason: Reason
+    retry_after_ms: Millis = 0
+
+
+class Proposal(msgspec.Struct, frozen=True, tag="proposal"):
+    """A finished proposal, with where its time went."""
+
+    request_id: RequestId
+    layer: Layer
+    text: Annotated[str, msgspec.Meta(max_length=limits.MAX_PROPOSAL_BYTES)]
+    model: Name
+    prompt_tokens: Count
+    tokens: Count
+    queue_ms: Millis
+    work_ms: Millis
+    finish: Literal["stop", "length"]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """The owner no longer waits for any proposal of ``layer``; work on it may stop."""
+
+    request_id: RequestId
+    layer: Layer
+
+
+Message: TypeAlias = Alive | Leave | Propose | Queued | Declined | Proposal | Cancel
+
+HOP_MESSAGES = (Alive, Leave)
+"""Said by one board to its neighbour and never relayed: the sealed link vouches for them, so they
+carry no signature and are not repeated when lost. Everything else is signed and delivered."""

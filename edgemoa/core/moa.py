@@ -1,0 +1,287 @@
+"""One prompt's life at its owner: layers of proposals, then one answer.
+
+Algorithm 1 of Mitra, Kaswan, Ulukus (arXiv 2412.21200): in each of M layers the owner's prompt
+goes to the owner's own model and to k peers; their answers, concatenated, feed the next layer;
+the owner's model aggregates the last. How answers become the next prompt, and the last ones the
+answer, is a :class:`Strategy`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Protocol, TypeAlias
+
+from edgemoa.core import limits
+from edgemoa.core.events import Granted, LeftOut, ProposalRecord, Request
+from edgemoa.core.messages import BoardId, ChatMessage
+
+AGGREGATION_PROMPT: Final = (
+    "Several assistants have answered the request above. Their answers follow. Weigh them: some "
+    "of what they say may be wrong, one-sided or beside the point. Then answer the request "
+    "yourself, once, correctly and in good order, using what is right in them and adding what is "
+    "missing. Do not mention these answers or that you have seen them."
+)
+FRAME_TOKENS: Final = 24  # what the numbering and the chat template put around one proposal
+SHORTEST_SHARE_TOKENS: Final = 16  # a proposal cut below this says nothing any more
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A proposal's text, as a strategy sees it."""
+
+    board: BoardId
+    text: str
+    tokens: int
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """The owner's model is to write the answer from these messages."""
+
+    messages: tuple[ChatMessage, ...]
+    drafts: int  # how many proposals they hold
+
+
+@dataclass(frozen=True, slots=True)
+class Give:
+    """This proposal is the answer as it stands."""
+
+    draft: Draft
+    note: str
+
+
+Conclusion: TypeAlias = Write | Give
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a prompt made of proposals may take up: tokens of context, bytes on the wire."""
+
+    tokens: int
+    bytes: int = limits.MAX_PROMPT_BYTES
+
+    def half(self) -> Room:
+        """For another try after the model said that it was too much after all."""
+        return Room(self.tokens // 2, self.bytes // 2)
+
+
+class Strategy(Protocol):
+    """How proposals become prompts and, at the end, an answer. Pure; the same on every board."""
+
+    def propose(
+        self, conversation: Sequence[ChatMessage], previous: Sequence[Draft], room: Room
+    ) -> tuple[ChatMessage, ...]:
+        """The messages that each proposer of the next layer is given."""
+
+    def conclude(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+    ) -> Conclusion:
+        """How the proposals of the last layer (possibly none) become the answer."""
+
+    def fall_back(self, drafts: Sequence[Draft]) -> Draft | None:
+        """The proposal to give where the conclusion could not be had."""
+
+
+class Synthesis:
+    """The paper's way: the owner's model writes one answer out of all proposals.
+
+    The user's own words come first and the proposals last, so that a model which has already read
+    the conversation can go on from there instead of reading it again.
+    """
+
+    def __init__(self, instruction: str = AGGREGATION_PROMPT) -> None:
+        self._instruction = instruction
+
+    def propose(
+        self, conversation: Sequence[ChatMessage], previous: Sequence[Draft], room: Room
+    ) -> tuple[ChatMessage, ...]:
+        """The conversation itself in the first layer, with the previous answers after that."""
+        return self._with_drafts(conversation, fit(previous, room))
+
+    def conclude(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+    ) -> Conclusion:
+        """Write from all proposals; a single one, the owner's own, is already the answer."""
+        if len(drafts) == 1 and drafts[0].own:
+            return Give(drafts[0], "no peer's proposal arrived; this is the board's own answer")
+        fitting = fit(drafts, room)
+        return Write(self._with_drafts(conversation, fitting), len(fitting))
+
+    def fall_back(self, drafts: Sequence[Draft]) -> Draft | None:
+        """The owner's own (it is the greedy one), else the first that arrived."""
+        return next((draft for draft in drafts if draft.own), drafts[0] if drafts else None)
+
+    def _with_drafts(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft]
+    ) -> tuple[ChatMessage, ...]:
+        if not drafts:
+            return tuple(conversation)
+        numbered = "\n\n".join(f"[{i}]\n{draft.text}" for i, draft in enumerate(drafts, 1))
+        *before, last = conversation
+        return (
+            *before,
+            ChatMessage(last.role, f"{last.content}\n\n{self._instruction}\n\n{numbered}"),
+        )
+
+
+def fit(drafts: Sequence[Draft], room: Room) -> list[Draft]:
+    """Shorten the longest drafts until all fit; drop the last ones if they still would not.
+
+    Token counts are the proposers' own, which may use another tokenizer: an estimate, to be
+    corrected by asking again with half the room.
+    """
+    kept = list(drafts)
+    while kept:
+        tokens = _shares(
+            [draft.tokens for draft in kept], room.tokens - FRAME_TOKENS * (len(kept) + 1)
+        )
+        sizes = _shares([len(draft.text.encode()) for draft in kept], room.bytes)
+        if all(
+            share >= min(SHORTEST_SHARE_TOKENS, draft.tokens)
+            for draft, share in zip(kept, tokens, strict=True)
+        ):
+            return [
+                _shorten(draft, share, size)
+                for draft, share, size in zip(kept, tokens, sizes, strict=True)
+            ]
+        kept.pop()
+    return kept
+
+
+def _shares(wanted: Sequence[int], room: int) -> list[int]:
+    """Give each what it wants, the largest cut to one common level where room is short."""
+    shares = list(wanted)
+    left, open_ = max(room, 0), sorted(range(len(wanted)), key=lambda i: wanted[i])
+    for n, i in enumerate(open_):
+        shares[i] = min(wanted[i], left // (len(open_) - n))
+        left -= shares[i]
+    return shares
+
+
+def _shorten(draft: Draft, tokens: int, size_bytes: int) -> Draft:
+    if tokens >= draft.tokens and size_bytes >= len(draft.text.encode()):
+        return draft
+    characters = len(draft.text) * min(tokens, draft.tokens) // max(draft.tokens, 1)
+    text = draft.text[:characters].encode()[:size_bytes].decode(errors="ignore")
+    cut = max(text.rfind(" "), text.rfind("\n"))
+    text = text[:cut] if cut > len(text) // 2 else text
+    return Draft(draft.board, f"{text} […]", min(tokens, draft.tokens), draft.own)
+
+
+_REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL)
+
+
+def without_reasoning(text: str) -> str:
+    """The text without a reasoning model's thoughts, which are not for the others to read."""
+    return _REASONING.sub("", text).strip()
+
+
+class State(StrEnum):
+    """Where a prompt is in its life."""
+
+    ACCEPTED = "accepted"
+    PROPOSING = "proposing"
+    CONCLUDING = "concluding"
+    ANSWERED = "answered"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TRANSITIONS: Final[dict[State, frozenset[State]]] = {
+    State.ACCEPTED: frozenset({State.PROPOSING, State.CONCLUDING, State.FAILED, State.CANCELLED}),
+    State.PROPOSING: frozenset(
+        {State.PROPOSING, State.CONCLUDING, State.ANSWERED, State.FAILED, State.CANCELLED}
+    ),
+    State.CONCLUDING: frozenset({State.ANSWERED, State.FAILED, State.CANCELLED}),
+    State.ANSWERED: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+
+
+class IllegalTransitionError(RuntimeError):
+    """A defect of ours: something tried to move a prompt to a state that cannot follow."""
+
+
+@dataclass(slots=True)
+class Run:
+    """A prompt that this board owns, from acceptance to its one end."""
+
+    request: Request
+    granted: Granted
+    accepted_ms: int
+    deadline_ms: int
+    state: State = State.ACCEPTED
+    layer: int = 0
+    layer_deadline_ms: int = 0
+    pending: set[BoardId] = field(default_factory=set)  # asked in this layer, not settled
+    asked: set[BoardId] = field(default_factory=set)  # in this layer, settled or not
+    previous: list[Draft] = field(default_factory=list)  # of the layer before
+    drafts: list[Draft] = field(default_factory=list)  # of this layer
+    records: list[ProposalRecord] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    room: Room = Room(0)
+    told: str = ""  # what the client has been given of the answer
+    attempt: str = ""  # what the running attempt has written of it
+    pieces: int = 0  # in so many parts, about one a token
+
+    def move(self, state: State) -> None:
+        """Go to ``state``.
+
+        :raises IllegalTransitionError: and changes nothing, where that cannot follow.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransitionError(f"{self.state} -> {state}")
+        self.state = state
+
+    def begin_layer(self, boards: Sequence[BoardId], now_ms: int, layer_deadline_ms: int) -> None:
+        """Open the next layer with these proposers.
+
+        What time is left is shared with the layers to come and the aggregation, so that a slow
+        layer cannot eat the time in which the answer is to be written.
+        """
+        self.move(State.PROPOSING)
+        parts = self.granted.layers - self.layer + 1
+        self.layer += 1
+        self.layer_deadline_ms = now_ms + min(
+            layer_deadline_ms, (self.deadline_ms - now_ms) // parts
+        )
+        self.previous, self.drafts = self.drafts or self.previous, []
+        self.pending, self.asked = set(boards), set(boards)
+
+    def ask_also(self, board: BoardId) -> None:
+        """A substitute for a proposer that declined."""
+        self.pending.add(board)
+        self.asked.add(board)
+
+    def take(self, draft: Draft, record: ProposalRecord) -> bool:
+        """Take a proposal; False if nobody waits for it (late, repeated, of another layer)."""
+        if not self.waits_for(draft.board, record.layer):
+            return False
+        self.pending.discard(draft.board)
+        self.drafts.append(draft)
+        self.records.append(record)
+        return True
+
+    def leave_out(self, board: BoardId, name: str, reason: str) -> LeftOut:
+        """Stop waiting for a proposer of this layer."""
+        self.pending.discard(board)
+        out = LeftOut(board=name, board_id=board, layer=self.layer, reason=reason)
+        self.left_out.append(out)
+        return out
+
+    def waits_for(self, board: BoardId, layer: int) -> bool:
+        """Whether a proposal of ``board`` for ``layer`` would still count."""
+        return self.state is State.PROPOSING and layer == self.layer and board in self.pending
+
+    def settled(self, quorum: int) -> bool:
+        """Whether the layer can be closed: nobody is awaited, or enough are there."""
+        return not self.pending or (0 < quorum <= len(self.drafts))
+
+    def best_at_hand(self) -> list[Draft]:
+        """The proposals of this layer or, if it has none, of the one before."""
+        return self.drafts or self.previous

@@ -1,0 +1,788 @@
+"""One board: its queue, its prompts, its view of the others. The only class a shell touches.
+
+Every method takes what happened and the time, and returns what is to be done about it, in order.
+Nothing here reads a clock, draws from a global generator, or does I/O; the daemon and the
+simulator drive this same class.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final, TypeAlias
+
+from edgemoa.core import limits
+from edgemoa.core.events import (
+    Accepted,
+    Aggregating,
+    Answered,
+    Effect,
+    EngineInfo,
+    Failed,
+    Granted,
+    Job,
+    LayerStarted,
+    ProposalArrived,
+    ProposalRecord,
+    ProposerLeftOut,
+    Request,
+    RequestEvent,
+    Send,
+    StartWork,
+    StopWork,
+    Tell,
+    Text,
+    WorkDone,
+    WorkFailed,
+)
+from edgemoa.core.membership import HEARTBEAT_MS, Membership, Presence
+from edgemoa.core.messages import (
+    Alive,
+    BoardId,
+    Cancel,
+    ChatMessage,
+    Declined,
+    Leave,
+    Message,
+    Proposal,
+    Propose,
+    Queued,
+    Sampling,
+)
+from edgemoa.core.moa import (
+    Draft,
+    Give,
+    Room,
+    Run,
+    State,
+    Strategy,
+    Synthesis,
+    without_reasoning,
+)
+from edgemoa.core.queueing import Work, WorkQueue
+
+PROPOSAL_TOP_P: Final = 0.95
+ANSWER_ROOM_TOKENS: Final = 512  # kept free for the answer where it asked for more than fits
+
+WorkKey: TypeAlias = tuple[BoardId, str, int]  # who asked, for which request, in which layer
+_Unwanted: TypeAlias = Callable[[Work], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """What the configuration says to the core."""
+
+    name: str
+    boot: int  # grows with every start of the board
+    own_requests: int = 16
+    peer_jobs: int = 32
+    quorum: int = 0
+    layer_deadline_ms: int = 120_000
+    proposal_max_tokens: int = 256
+    proposal_temperature: float = 0.7
+    strategy: Strategy = field(default_factory=Synthesis)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this board has done since it started."""
+
+    accepted: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    proposals_served: int = 0
+    proposals_declined: int = 0
+    proposers_left_out: int = 0
+    engine_losses: int = 0
+
+
+class Node:
+    """See the module. ``rng`` is the only source of chance."""
+
+    def __init__(self, board_id: BoardId, settings: NodeSettings, rng: Random) -> None:
+        self.board_id = board_id
+        self.settings = settings
+        self.members = Membership()
+        self.queue = WorkQueue()
+        self.runs: dict[str, Run] = {}
+        self.counters = Counters()
+        self.engine: EngineInfo | None = None
+        self.engine_ready = False
+        self.draining = False
+        self._rng = rng
+        self._effects: list[Effect] = []
+        self._next_job_id = 1
+        self._sequence = 0
+        self._heartbeat_ms = 0
+        # Finished and called-off work of peers: a repeated question gets the same answer again,
+        # and one that was called off before it arrived is not begun.
+        self._results: OrderedDict[WorkKey, Proposal | Declined] = OrderedDict()
+
+    # --- the local user
+
+    def submit(self, request: Request, now_ms: int) -> list[Effect]:
+        """Accept a prompt, or refuse it with a reason; the client hears which as first event."""
+        if request.request_id in self.runs:
+            raise ValueError("a request id is used once")
+        if self.draining:
+            return self._refuse(request, Failed("unavailable", "this board is shutting down"))
+        if len(self.runs) >= self.settings.own_requests:
+            wait_ms = max(self.queue.expected_wait_ms() // max(len(self.runs), 1), 1_000)
+            reason = f"{len(self.runs)} prompts are being worked on, which is this board's bound"
+            return self._refuse(request, Failed("overloaded", reason, wait_ms))
+        granted = self._grant(request)
+        run = Run(request, granted, now_ms, now_ms + request.deadline_ms)
+        run.room = self._room(request)
+        self.runs[request.request_id] = run
+        self.counters.accepted += 1
+        self._tell(run, Accepted(granted, sum(1 for _ in self.queue)))
+        if granted.layers:
+            self._begin_layer(run, now_ms)
+        else:
+            self._conclude(run, now_ms)
+        return self._settle(now_ms)
+
+    def cancel(self, request_id: str, now_ms: int) -> list[Effect]:
+        """The client no longer wants the answer: stop everything that works for it."""
+        run = self.runs.get(request_id)
+        if run is not None:
+            self._fail(run, Failed("cancelled", "the client went away"), State.CANCELLED)
+        return self._settle(now_ms)
+
+    # --- the other boards
+
+    def pair(self, board: BoardId, name: str, now_ms: int) -> list[Effect]:
+        """A board that may be asked, and may ask, from now on."""
+        self.members.pair(board, name)
+        self._heartbeat([board])
+        return self._settle(now_ms)
+
+    def unpair(self, board: BoardId, now_ms: int) -> list[Effect]:
+        """A board that is no longer trusted: its work stops, nothing of it is waited for."""
+        if board in self.members.peers:
+            self.members.silence(board)
+            self._void(board, "no longer paired", now_ms)
+            self.members.unpair(board)
+        return self._settle(now_ms)
+
+    def receive(self, sender: BoardId, message: Message, now_ms: int) -> list[Effect]:
+        """An authentic message of a board; one that is not paired is not listened to."""
+        if sender not in self.members.peers:
+            return []
+        match message:
+            case Leave(boot=boot):
+                if self.members.left(sender, boot):
+                    self._void(sender, "left the group", now_ms)
+                return self._settle(now_ms)
+            case Alive():
+                known = self.members.peers[sender].presence is Presence.ALIVE
+                if self.members.report(sender, message):
+                    self._void(sender, "restarted", now_ms)
+                self.members.heard(sender, now_ms)
+                if not known:  # it may not know of us either; do not let it wait for a heartbeat
+                    self._heartbeat([sender])
+                return self._settle(now_ms)
+            case _:
+                self.members.heard(sender, now_ms)
+        match message:
+            case Propose():
+                self._asked_for_proposal(sender, message, now_ms)
+            case Queued(request_id=request_id, layer=layer):
+                run = self.runs.get(request_id)
+                if run is None or not run.waits_for(sender, layer):
+                    self._send(sender, Cancel(request_id, layer))  # orphaned: let it stop
+            case Proposal():
+                self._proposal_arrived(sender, message, now_ms)
+            case Declined():
+                self._declined(sender, message, now_ms)
+            case Cancel(request_id=request_id, layer=layer):
+                key = (sender, request_id, layer)
+                self._drop(lambda work: _key(work) == key)
+                self._remember(key, Declined(request_id, layer, "called off"))
+        return self._settle(now_ms)
+
+    def undelivered(self, to: BoardId, message: Message, now_ms: int) -> list[Effect]:
+        """A message could not be brought to its board; if it was a question, ask another."""
+        if isinstance(message, Propose):
+            self._substitute(to, message.request_id, message.layer, "could not be reached", now_ms)
+        return self._settle(now_ms)
+
+    # --- the engine
+
+    def engine_is_ready(self, info: EngineInfo, now_ms: int) -> list[Effect]:
+        """The model process takes work."""
+        changed = not self.engine_ready
+        self.engine, self.engine_ready = info, True
+        self.queue.slots = info.slots
+        if changed:
+            self._heartbeat(self.members.peers)
+        return self._settle(now_ms)
+
+    def engine_is_lost(self, now_ms: int) -> list[Effect]:
+        """The model process is gone; what it was on is tried once more when it is back."""
+        self.engine_ready = False
+        self.counters.engine_losses += 1
+        self.queue.put_back()
+        spent, _ = self.queue.remove(lambda work: work.attempts >= limits.MAX_JOB_ATTEMPTS)
+        for work in spent:
+            self._work_failed(work, WorkFailed("the model process died on it twice"), now_ms)
+        for run in self.runs.values():
+            run.attempt = ""
+        self._heartbeat(self.members.peers)
+        return self._settle(now_ms)
+
+    def wrote(self, job_id: int, text: str, now_ms: int) -> list[Effect]:
+        """The engine wrote a piece of a streamed job's text."""
+        work = self.queue.running.get(job_id)
+        run = self.runs.get(work.request_id) if work and work.final else None
+        if run is not None:
+            run.attempt += text
+            run.pieces += 1
+            self._tell_text(run, run.attempt)
+        return self._settle(now_ms)
+
+    def finished(self, job_id: int, done: WorkDone, now_ms: int) -> list[Effect]:
+        """The engine finished a job."""
+        work = self.queue.end(job_id)
+        if work is not None:
+            self.queue.times.observe(work.job.kind, done.work_ms)
+            self._work_finished(work, done, now_ms)
+        return self._settle(now_ms)
+
+    def failed(self, job_id: int, failure: WorkFailed, now_ms: int) -> list[Effect]:
+        """The engine could not do a job."""
+        work = self.queue.end(job_id)
+        if work is not None:
+            self._work_failed(work, failure, now_ms)
+        return self._settle(now_ms)
+
+    # --- time
+
+    def tick(self, now_ms: int) -> list[Effect]:
+        """Do what is due by now; harmless when called early or late."""
+        if now_ms >= self._heartbeat_ms:
+            self._heartbeat_ms = now_ms + HEARTBEAT_MS
+            self._heartbeat(self.members.peers)
+        for board in self.members.sweep(now_ms):
+            self._void(board, "fell silent", now_ms)
+        for run in list(self.runs.values()):
+            if now_ms >= run.deadline_ms:
+                self._deadline_passed(run, now_ms)
+            elif run.state is State.PROPOSING and now_ms >= run.layer_deadline_ms:
+                self._leave_out_pending(run, "too late")
+                self._close_layer(run, now_ms)
+        self._drop(lambda work: work.source != self.board_id and now_ms >= work.deadline_ms)
+        return self._settle(now_ms)
+
+    def next_deadline_ms(self) -> int:
+        """When :meth:`tick` has something to do, at the latest."""
+        due = self._heartbeat_ms
+        for run in self.runs.values():
+            due = min(due, run.deadline_ms)
+            if run.state is State.PROPOSING:
+                due = min(due, run.layer_deadline_ms)
+        return due
+
+    def drain(self, now_ms: int) -> list[Effect]:
+        """Take nothing new and hand back what peers are waiting for and has not begun."""
+        self.draining = True
+        waiting, _ = self.queue.remove(
+            lambda work: work.source != self.board_id and work.started_ms < 0
+        )
+        for work in waiting:
+            self._decline(_key(work), "this board is shutting down")
+        self._heartbeat(self.members.peers)
+        return self._settle(now_ms)
+
+    def stop(self, now_ms: int) -> list[Effect]:
+        """The end of the board's run: every prompt and every peer's job gets its last word."""
+        self.draining = True
+        for run in list(self.runs.values()):
+            self._fail_or_fall_back(run, Failed("unavailable", "this board shut down"), now_ms)
+        waiting, running = self.queue.remove(lambda work: work.source != self.board_id)
+        for work in (*waiting, *running):
+            self._decline(_key(work), "this board is shutting down")
+        for board in self.members.peers:
+            self._send(board, Leave(self.settings.boot))
+        return self._flush()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for anything of this board."""
+        return not self.runs and not any(True for _ in self.queue)
+
+    def peer_jobs(self) -> int:
+        """Peers' jobs waiting or running here."""
+        return sum(1 for work in self.queue if work.source != self.board_id)
+
+    # --- one prompt, layer by layer
+
+    def _grant(self, request: Request) -> Granted:
+        at_hand = len(self.members.usable())
+        if not request.layers or not request.proposers:
+            # M > 0 with k = 0 is the owner talking to itself: the board alone.
+            return Granted(0, 0)
+        proposers = min(request.proposers, at_hand)
+        if proposers == request.proposers:
+            return Granted(request.layers, proposers)
+        if proposers == 0:
+            return Granted(0, 0, "no other board is at hand; answered on this board alone")
+        why = f"{request.proposers} proposers were asked for, {at_hand} at hand"
+        return Granted(request.layers, proposers, why)
+
+    def _room(self, request: Request) -> Room:
+        """Tokens that proposals may take beside the conversation and the answer to come."""
+        context = self.engine.context_tokens if self.engine else 0
+        answer = min(request.sampling.max_tokens, max(ANSWER_ROOM_TOKENS, context // 4))
+        spent = sum(len(message.content.encode()) for message in request.messages)
+        return Room(
+            tokens=max(context - request.prompt_tokens - answer, 0),
+            bytes=max(limits.MAX_PROMPT_BYTES - spent, 0),
+        )
+
+    def _begin_layer(self, run: Run, now_ms: int) -> None:
+        usable = self.members.usable()
+        peers = self._rng.sample(usable, min(run.granted.proposers, len(usable)))
+        run.begin_layer([self.board_id, *peers], now_ms, self.settings.layer_deadline_ms)
+        names = tuple(self.members.name(peer) for peer in peers)
+        self._tell(run, LayerStarted(run.layer, (self.settings.name, *names)))
+        self._queue_own(run, self._proposal_messages(run), self._own_proposal(), now_ms)
+        for peer in peers:
+            self._ask(run, peer, now_ms)
+
+    def _own_proposal(self) -> Sampling:
+        # Greedy: at small sizes a model's greedy answer beats its samples on average, and boards
+        # with the same model still differ, since the peers sample.
+        return Sampling(max_tokens=self.settings.proposal_max_tokens)
+
+    def _proposal_messages(self, run: Run) -> tuple[ChatMessage, ...]:
+        return self.settings.strategy.propose(run.request.messages, run.previous, run.room)
+
+    def _ask(self, run: Run, peer: BoardId, now_ms: int) -> None:
+        sampling = Sampling(
+            max_tokens=self.settings.proposal_max_tokens,
+            temperature=self.settings.proposal_temperature,
+            top_p=PROPOSAL_TOP_P,
+            seed=self._rng.getrandbits(31),
+        )
+        self._send(
+            peer,
+            Propose(
+                request_id=run.request.request_id,
+                layer=run.layer,
+                messages=self._proposal_messages(run),
+                sampling=sampling,
+                time_left_ms=max(run.layer_deadline_ms - now_ms, 0),
+            ),
+        )
+
+    def _substitute(
+        self, board: BoardId, request_id: str, layer: int, reason: str, now_ms: int
+    ) -> None:
+        """``board`` will not propose: leave it out and ask one that has not been asked yet."""
+        run = self.runs.get(request_id)
+        if run is None or not run.waits_for(board, layer):
+            return
+        self._leave_out(run, board, reason)
+        others = [peer for peer in self.members.usable() if peer not in run.asked]
+        if others:
+            other = self._rng.choice(others)
+            run.ask_also(other)
+            self._ask(run, other, now_ms)
+        self._close_if_settled(run, now_ms)
+
+    def _proposal_arrived(self, sender: BoardId, proposal: Proposal, now_ms: int) -> None:
+        run = self.runs.get(proposal.request_id)
+        if run is not None and run.waits_for(sender, proposal.layer):
+            self._take(
+                run,
+                Draft(sender, without_reasoning(proposal.text), proposal.tokens, own=False),
+                ProposalRecord(
+                    board=self.members.name(sender),
+                    board_id=sender,
+                    model=proposal.model,
+                    layer=proposal.layer,
+                    prompt_tokens=proposal.prompt_tokens,
+                    tokens=proposal.tokens,
+                    queue_ms=proposal.queue_ms,
+                    work_ms=proposal.work_ms,
+                    own=False,
+                ),
+                now_ms,
+            )
+
+    def _take(self, run: Run, draft: Draft, record: ProposalRecord, now_ms: int) -> None:
+        if not draft.text:
+            self._leave_out(run, draft.board, "wrote nothing")
+        elif run.take(draft, record):
+            self._tell(run, ProposalArrived(record))
+        self._close_if_settled(run, now_ms)
+
+    def _declined(self, sender: BoardId, message: Declined, now_ms: int) -> None:
+        self._substitute(sender, message.request_id, message.layer, message.reason, now_ms)
+
+    def _leave_out(self, run: Run, board: BoardId, reason: str) -> None:
+        name = self.settings.name if board == self.board_id else self.members.name(board)
+        self.counters.proposers_left_out += 1
+        self._tell(run, ProposerLeftOut(run.leave_out(board, name, reason)))
+
+    def _leave_out_pending(self, run: Run, reason: str) -> None:
+        for board in sorted(run.pending):
+            self._call_off(run, board)
+            self._leave_out(run, board, reason)
+
+    def _call_off(self, run: Run, board: BoardId) -> None:
+        request_id, layer = run.request.request_id, run.layer
+        if board == self.board_id:
+            self._drop(lambda work: _key(work) == (board, request_id, layer) and not work.final)
+        else:
+            self._send(board, Cancel(request_id, layer))
+
+    def _close_if_settled(self, run: Run, now_ms: int) -> None:
+        if run.state is State.PROPOSING and run.settled(self.settings.quorum):
+            self._leave_out_pending(run, "not needed: the quorum was reached")
+            self._close_layer(run, now_ms)
+
+    def _close_layer(self, run: Run, now_ms: int) -> None:
+        if run.layer < run.granted.layers and run.drafts:
+            self._begin_layer(run, now_ms)
+        else:
+            self._conclude(run, now_ms)
+
+    def _conclude(self, run: Run, now_ms: int) -> None:
+        drafts = run.best_at_hand()
+        conclusion = self.settings.strategy.conclude(run.request.messages, drafts, run.room)
+        if isinstance(conclusion, Give):
+            self._give(run, conclusion.draft, conclusion.note, now_ms)
+            return
+        if run.state is not State.CONCLUDING:
+            run.move(State.CONCLUDING)
+        if conclusion.drafts:
+            self._tell(run, Aggregating(conclusion.drafts))
+        self._queue_own(run, conclusion.messages, run.request.sampling, now_ms, final=True)
+
+    def _queue_own(
+        self,
+        run: Run,
+        messages: tuple[ChatMessage, ...],
+        sampling: Sampling,
+        now_ms: int,
+        *,
+        final: bool = False,
+    ) -> None:
+        with_drafts = messages != run.request.messages
+        job = Job(
+            job_id=self._take_job_id(),
+            kind="aggregation" if with_drafts else "proposal",
+            messages=messages,
+            sampling=sampling,
+            stream=final,
+        )
+        self.queue.add(
+            Work(
+                job=job,
+                source=self.board_id,
+                request_id=run.request.request_id,
+                layer=run.layer,
+                arrived_ms=now_ms,
+                deadline_ms=run.deadline_ms,
+                final=final,
+            )
+        )
+
+    # --- the ends of a prompt
+
+    def _give(self, run: Run, draft: Draft, note: str, now_ms: int) -> None:
+        """Answer with a proposal as it stands."""
+        record = next((r for r in reversed(run.records) if r.board_id == draft.board), None)
+        self._answer(
+            run,
+            Answered(
+                text=draft.text,
+                finish="stop",
+                granted=run.granted,
+                proposals=tuple(run.records),
+                left_out=tuple(run.left_out),
+                prompt_tokens=run.request.prompt_tokens,
+                tokens=draft.tokens,
+                queue_ms=record.queue_ms if record else 0,
+                work_ms=record.work_ms if record else 0,
+                total_ms=now_ms - run.accepted_ms,
+                note=note,
+            ),
+        )
+
+    def _answer(self, run: Run, answered: Answered) -> None:
+        self._tell_text(run, answered.text)
+        self._end(run, State.ANSWERED)
+        self.counters.answered += 1
+        self._tell(run, answered)
+
+    def _fail(self, run: Run, failed: Failed, state: State = State.FAILED) -> None:
+        self._end(run, state)
+        if state is State.CANCELLED:
+            self.counters.cancelled += 1
+        else:
+            self.counters.failed += 1
+        self._tell(run, failed)
+
+    def _fail_or_fall_back(self, run: Run, failed: Failed, now_ms: int) -> None:
+        """A proposal that is there is better than no answer, unless another text has begun."""
+        draft = self.settings.strategy.fall_back(run.best_at_hand())
+        if draft is None or run.told:
+            self._fail(run, failed)
+        else:
+            who = self.settings.name if draft.own else self.members.name(draft.board)
+            self._give(run, draft, f"{failed.reason}; this is the proposal of {who}", now_ms)
+
+    def _deadline_passed(self, run: Run, now_ms: int) -> None:
+        if run.told:
+            work = next(
+                (w for w in self.queue if w.final and w.request_id == run.request.request_id), None
+            )
+            started_ms = work.started_ms if work else now_ms
+            self._answer(
+                run,
+                Answered(
+                    text=run.told,
+                    finish="deadline",
+                    granted=run.granted,
+                    proposals=tuple(run.records),
+                    left_out=tuple(run.left_out),
+                    prompt_tokens=run.request.prompt_tokens,
+                    tokens=run.pieces,
+                    queue_ms=max(started_ms - work.arrived_ms, 0) if work else 0,
+                    work_ms=max(now_ms - started_ms, 0),
+                    total_ms=now_ms - run.accepted_ms,
+                    note="the deadline passed while the answer was being written",
+                ),
+            )
+        else:
+            reason = "the deadline passed before the answer was written"
+            self._fail_or_fall_back(run, Failed("deadline_exceeded", reason), now_ms)
+
+    def _end(self, run: Run, state: State) -> None:
+        """Leave nothing behind that works for this prompt."""
+        request_id = run.request.request_id
+        for board in sorted(run.pending):
+            if board != self.board_id:
+                self._send(board, Cancel(request_id, run.layer))
+        run.pending.clear()
+        self._drop(lambda work: work.source == self.board_id and work.request_id == request_id)
+        run.move(state)
+        del self.runs[request_id]
+
+    # --- work
+
+    def _asked_for_proposal(self, sender: BoardId, ask: Propose, now_ms: int) -> None:
+        key = (sender, ask.request_id, ask.layer)
+        if key in self._results:
+            self._send(sender, self._results[key])
+            return
+        position = self.queue.position(lambda work: _key(work) == key)
+        if position is None:
+            refusal = self._refusal(ask)
+            if refusal:
+                self.counters.proposals_declined += 1
+                wait_ms = self.queue.expected_wait_ms()
+                self._send(sender, Declined(ask.request_id, ask.layer, refusal, wait_ms))
+                return
+            job = Job(
+                job_id=self._take_job_id(),
+                kind="proposal" if ask.layer == 1 else "aggregation",
+                messages=ask.messages,
+                sampling=ask.sampling,
+                stream=False,
+            )
+            wait_ms = self.queue.expected_wait_ms()
+            position = self.queue.add(
+                Work(
+                    job=job,
+                    source=sender,
+                    request_id=ask.request_id,
+                    layer=ask.layer,
+                    arrived_ms=now_ms,
+                    deadline_ms=now_ms + ask.time_left_ms,
+                )
+            )
+        else:
+            wait_ms = self.queue.expected_wait_ms()
+        self._send(sender, Queued(ask.request_id, ask.layer, position, wait_ms))
+
+    def _refusal(self, ask: Propose) -> str:
+        """Why a peer's job is not taken; empty if it is."""
+        if self.draining:
+            return "this board is shutting down"
+        if not self.engine_ready:
+            return "its model is not ready"
+        if self.peer_jobs() >= self.settings.peer_jobs:
+            return f"its queue is full ({self.settings.peer_jobs} jobs)"
+        if sum(len(m.content.encode()) for m in ask.messages) > limits.MAX_PROMPT_BYTES:
+            return "the prompt is too large"
+        return ""
+
+    def _work_finished(self, work: Work, done: WorkDone, now_ms: int) -> None:
+        queue_ms = work.started_ms - work.arrived_ms
+        if work.source != self.board_id:
+            self.counters.proposals_served += 1
+            proposal = Proposal(
+                request_id=work.request_id,
+                layer=work.layer,
+                text=done.text.encode()[: limits.MAX_PROPOSAL_BYTES].decode(errors="ignore"),
+                model=self.engine.model if self.engine else "",
+                prompt_tokens=done.prompt_tokens,
+                tokens=done.tokens,
+                queue_ms=queue_ms,
+                work_ms=done.work_ms,
+                finish=done.finish,
+            )
+            self._remember(_key(work), proposal)
+            self._send(work.source, proposal)
+            return
+        run = self.runs[work.request_id]
+        if not work.final:
+            self._take(
+                run,
+                Draft(self.board_id, without_reasoning(done.text), done.tokens, own=True),
+                ProposalRecord(
+                    board=self.settings.name,
+                    board_id=self.board_id,
+                    model=self.engine.model if self.engine else "",
+                    layer=work.layer,
+                    prompt_tokens=done.prompt_tokens,
+                    tokens=done.tokens,
+                    queue_ms=queue_ms,
+                    work_ms=done.work_ms,
+                    own=True,
+                ),
+                now_ms,
+            )
+            return
+        if not done.text.startswith(run.told):
+            self._fail(run, _CHANGED)
+            return
+        self._answer(
+            run,
+            Answered(
+                text=done.text,
+                finish=done.finish,
+                granted=run.granted,
+                proposals=tuple(run.records),
+                left_out=tuple(run.left_out),
+                prompt_tokens=run.request.prompt_tokens,
+                tokens=done.tokens,
+                queue_ms=queue_ms,
+                work_ms=done.work_ms,
+                total_ms=now_ms - run.accepted_ms,
+            ),
+        )
+
+    def _work_failed(self, work: Work, failure: WorkFailed, now_ms: int) -> None:
+        if work.source != self.board_id:
+            self._decline(_key(work), failure.reason)
+            return
+        run = self.runs.get(work.request_id)
+        if run is None:
+            return
+        if not work.final:
+            self._leave_out(run, self.board_id, failure.reason)
+            self._close_if_settled(run, now_ms)
+        elif failure.code == "context" and work.job.kind == "aggregation" and run.room.tokens:
+            run.room = run.room.half()  # the proposers' token counts were too hopeful
+            self._conclude(run, now_ms)
+        elif failure.code == "context":
+            self._fail(run, Failed("context_length_exceeded", failure.reason))
+        else:
+            self._fail_or_fall_back(run, Failed("engine_failed", failure.reason), now_ms)
+
+    def _decline(self, key: WorkKey, reason: str) -> None:
+        sender, request_id, layer = key
+        self.counters.proposals_declined += 1
+        declined = Declined(request_id, layer, reason[: limits.MAX_REASON_BYTES])
+        self._remember(key, declined)
+        self._send(sender, declined)
+
+    def _drop(self, unwanted: _Unwanted) -> None:
+        """Take work out of the queue without a word; stop it where it runs."""
+        _, running = self.queue.remove(unwanted)
+        for work in running:
+            self._effects.append(StopWork(work.job.job_id))
+
+    def _void(self, board: BoardId, reason: str, now_ms: int) -> None:
+        """Nothing that ``board`` asked for, or was asked, stands any longer."""
+        self._drop(lambda work: work.source == board)
+        for run in list(self.runs.values()):
+            if run.waits_for(board, run.layer):
+                self._substitute(board, run.request.request_id, run.layer, reason, now_ms)
+
+    # --- small change
+
+    def _tell_text(self, run: Run, text: str) -> None:
+        """Give the client what it does not have of the answer so far.
+
+        After a restart of the model process the answer is written anew from its beginning, and
+        only what goes on from the text already given is passed on. One that takes another turn
+        is not: the prompt then fails when that attempt is finished.
+        """
+        if len(text) > len(run.told) and text.startswith(run.told):
+            self._tell(run, Text(text[len(run.told) :]))
+            run.told = text
+
+    def _refuse(self, request: Request, failed: Failed) -> list[Effect]:
+        self.counters.refused += 1
+        self._effects.append(Tell(request.request_id, failed))
+        return self._flush()
+
+    def _tell(self, run: Run, event: RequestEvent) -> None:
+        self._effects.append(Tell(run.request.request_id, event))
+
+    def _send(self, to: BoardId, message: Message) -> None:
+        self._effects.append(Send(to, message))
+
+    def _heartbeat(self, boards: Iterable[BoardId]) -> None:
+        self._sequence += 1
+        alive = Alive(
+            boot=self.settings.boot,
+            sequence=self._sequence,
+            name=self.settings.name,
+            accepting=self.engine_ready and not self.draining,
+            model=self.engine.model if self.engine else "",
+            waiting=len(self.queue.waiting),
+            running=len(self.queue.running),
+            expected_wait_ms=self.queue.expected_wait_ms(),
+        )
+        for board in boards:
+            self._send(board, alive)
+
+    def _remember(self, key: WorkKey, result: Proposal | Declined) -> None:
+        self._results[key] = result
+        self._results.move_to_end(key)
+        while len(self._results) > limits.MAX_REMEMBERED_RESULTS:
+            self._results.popitem(last=False)
+
+    def _take_job_id(self) -> int:
+        self._next_job_id += 1
+        return self._next_job_id - 1
+
+    def _settle(self, now_ms: int) -> list[Effect]:
+        """Give the engine what it has room for, then hand over all effects."""
+        while self.engine_ready and (work := self.queue.next(now_ms)) is not None:
+            self._effects.append(StartWork(work.job))
+        return self._flush()
+
+    def _flush(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+
+def _key(work: Work) -> WorkKey:
+    return (work.source, work.request_id, work.layer)
+
+
+_CHANGED: Final = Failed(
+    "engine_failed", "the model process died while it wrote the answer and could not go on from it"
+)

@@ -1,0 +1,85 @@
+"""What a person or a script is shown of a running board. No prompt, no answer, no secret."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgemoa.core.membership import Presence
+from edgemoa.core.messages import BoardId
+from edgemoa.core.node import Counters, Node
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    """A paired board as this one sees it."""
+
+    id: BoardId
+    name: str
+    presence: Presence
+    accepting: bool
+    model: str
+    waiting: int
+    running: int
+    expected_wait_ms: int
+    heard_ms_ago: int | None
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """The state of one board's core."""
+
+    id: BoardId
+    name: str
+    ready: bool  # the model takes work
+    draining: bool
+    model: str
+    context_tokens: int
+    slots: int
+    waiting: int
+    running: int
+    expected_wait_ms: int
+    service_ms: dict[str, int]  # average work per kind of job, as far as measured
+    prompts: int  # of this board's users, being worked on
+    own_requests_cap: int
+    peer_jobs: int
+    peer_jobs_cap: int
+    peers: list[PeerStatus]
+    counters: Counters
+
+
+def snapshot(node: Node, now_ms: int) -> NodeStatus:
+    """The status of ``node`` as of ``now_ms``."""
+    peers = []
+    for board, peer in sorted(node.members.peers.items()):
+        report = peer.report
+        peers.append(
+            PeerStatus(
+                id=board,
+                name=node.members.name(board),
+                presence=peer.presence,
+                accepting=peer.usable,
+                model=report.model if report else "",
+                waiting=report.waiting if report else 0,
+                running=report.running if report else 0,
+                expected_wait_ms=report.expected_wait_ms if report else 0,
+                heard_ms_ago=None if peer.presence is Presence.UNHEARD else now_ms - peer.heard_ms,
+            )
+        )
+    queue, engine = node.queue, node.engine
+    return NodeStatus(
+        id=node.board_id,
+        name=node.settings.name,
+        ready=node.engine_ready,
+        draining=node.draining,
+        model=engine.model if engine else "",
+        context_tokens=engine.context_tokens if engine else 0,
+        slots=queue.slots,
+        waiting=len(queue.waiting),
+        running=len(queue.running),
+        expected_wait_ms=queue.expected_wait_ms(),
+        service_ms=queue.times.measured(),
+        prompts=len(node.runs),
+        own_requests_cap=node.settings.own_requests,
+        peer_jobs=node.peer_jobs(),
+        peer_jobs_cap=node.settings.peer_jobs,
+        peers=peers,
+        counters=node.counters,
+    )

@@ -1,0 +1,1 @@
+"""The network shell: who is there, who may speak, and how bytes get across."""
