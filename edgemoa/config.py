@@ -87,7 +87,7 @@ class Moa(Section, frozen=True):
         Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS, description="an answer's length at most"),
     ] = 512
     aggregation_prompt_file: Annotated[
-        str, Meta(description="replaces the aggregation instruction (a UTF-8 text file)")
+        str, Meta(description="what asks for an aggregation: text with {proposals} and {request}")
     ] = ""
 
 
@@ -138,9 +138,9 @@ class Api(Section, frozen=True):
 class Log(Section, frozen=True):
     """What is logged, to standard error. Never a prompt, an answer or a secret."""
 
-    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="how much")] = (
-        "info"
-    )
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="the least that is logged")
+    ] = "info"
     format: Annotated[
         Literal["auto", "text", "json"], Meta(description="auto: text on a terminal, else JSON")
     ] = "auto"

@@ -18,13 +18,16 @@ from edgemoa.core import limits
 from edgemoa.core.events import Granted, LeftOut, ProposalRecord, Request
 from edgemoa.core.messages import BoardId, ChatMessage
 
+PROPOSALS, REQUEST = "{proposals}", "{request}"
 AGGREGATION_PROMPT: Final = (
-    "Several assistants have answered the request above. Their answers follow. Weigh them: some "
-    "of what they say may be wrong, one-sided or beside the point. Then answer the request "
-    "yourself, once, correctly and in good order, using what is right in them and adding what is "
-    "missing. Do not mention these answers or that you have seen them."
+    "Other assistants have answered this. Some of what they say may be wrong or one-sided.\n\n"
+    f"{PROPOSALS}\n\n"
+    f"Now answer it yourself, correctly and in good order: {REQUEST}"
 )
-FRAME_TOKENS: Final = 24  # what the numbering and the chat template put around one proposal
+"""What follows the user's words in an aggregation. Small models follow the last thing that they
+read, so the instruction is short and the request stands at the end once more."""
+REPEATED_CHARACTERS: Final = 1_000  # a longer request is referred to, not repeated
+FRAME_TOKENS: Final = 32  # what is put around one proposal: quotation marks, blank lines
 SHORTEST_SHARE_TOKENS: Final = 16  # a proposal cut below this says nothing any more
 
 
@@ -93,8 +96,14 @@ class Synthesis:
     the conversation can go on from there instead of reading it again.
     """
 
-    def __init__(self, instruction: str = AGGREGATION_PROMPT) -> None:
-        self._instruction = instruction
+    def __init__(self, template: str = AGGREGATION_PROMPT) -> None:
+        """
+        :param template: follows the user's words; ``{proposals}`` and ``{request}`` are put in.
+        :raises ValueError: there is no place for the proposals in it.
+        """
+        if PROPOSALS not in template:
+            raise ValueError(f"{PROPOSALS} is missing")
+        self._template = template
 
     def propose(
         self, conversation: Sequence[ChatMessage], previous: Sequence[Draft], room: Room
@@ -120,12 +129,15 @@ class Synthesis:
     ) -> tuple[ChatMessage, ...]:
         if not drafts:
             return tuple(conversation)
-        numbered = "\n\n".join(f"[{i}]\n{draft.text}" for i, draft in enumerate(drafts, 1))
         *before, last = conversation
-        return (
-            *before,
-            ChatMessage(last.role, f"{last.content}\n\n{self._instruction}\n\n{numbered}"),
-        )
+        quoted = "\n\n".join("> " + draft.text.replace("\n", "\n> ") for draft in drafts)
+        short = len(last.content) <= REPEATED_CHARACTERS
+        parts = {PROPOSALS: quoted, REQUEST: last.content if short else "the request above"}
+        asked = _PLACEHOLDER.sub(lambda place: parts[place[0]], self._template)
+        return (*before, ChatMessage(last.role, f"{last.content}\n\n{asked}"))
+
+
+_PLACEHOLDER = re.compile(f"{re.escape(PROPOSALS)}|{re.escape(REQUEST)}")
 
 
 def fit(drafts: Sequence[Draft], room: Room) -> list[Draft]:

@@ -136,6 +136,7 @@ class World:
         self._queue_area = 0
         self._busy_area = 0
         self._area_at_ms = 0
+        self._open = 0  # prompts that have not come to their end
 
     def run(self) -> Outcome:
         """Run the scenario, then let every prompt come to its end.
@@ -154,6 +155,8 @@ class World:
             self._next_fault(board, scenario.engine_crashes_per_s, self._engine_crash)
         end_ms = self._until_ms + round(scenario.deadline_s * 1000) + 1_000
         while self._heap and self._heap[0][0] <= end_ms:
+            if self.now_ms >= self._until_ms and not self._open:
+                break
             now_ms, _, event = heapq.heappop(self._heap)
             self._account(now_ms)
             self.now_ms = now_ms
@@ -220,6 +223,7 @@ class World:
         self._note("crash", board.board_id, board.boot)
         for request_id in board.node.runs:
             self.prompts[request_id].lost_with_owner = True
+            self._open -= 1
         board.node = None
         board.engine_life += 1
         board.jobs.clear()
@@ -254,6 +258,7 @@ class World:
         )
         prompt = Prompt(board.board_id, self.now_ms, self.now_ms + deadline_ms)
         self.prompts[request.request_id] = prompt
+        self._open += 1
         self._do(board, node.submit(request, self.now_ms))
         if self._rng.random() < scenario.cancels:
             patience_ms = self._rng.randrange(1, 5_000)
@@ -274,6 +279,7 @@ class World:
             case Text(text=text):
                 prompt.text += text
             case Answered():
+                self._open -= 1
                 if not prompt.accepted or prompt.text != event.text:
                     self._violated(f"the text told for {request_id} is not its answer")
                 boards = [(r.board_id, r.layer) for r in event.proposals]
@@ -281,6 +287,7 @@ class World:
                     self._violated(f"a board proposed twice in one layer of {request_id}")
                 prompt.ended, prompt.end_ms = event, self.now_ms
             case Failed():
+                self._open -= 1
                 prompt.ended, prompt.end_ms = event, self.now_ms
             case _:
                 pass

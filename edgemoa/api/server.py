@@ -1,0 +1,369 @@
+"""The local API's server: aiohttp on a Unix socket.
+
+It knows the board only through :class:`Service`. A request is answered with an HTTP status as
+long as nothing of the answer has been sent; after that an error travels in the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from aiohttp import web
+
+from edgemoa.api import openai
+from edgemoa.core import limits
+from edgemoa.core.events import Accepted, Answered, Failed, Request, RequestEvent, Text
+from edgemoa.core.messages import ChatMessage
+from edgemoa.errors import (
+    AddressInUseError,
+    BoardError,
+    ConfigError,
+    DeadlineError,
+    EdgemoaError,
+    EngineError,
+    OverloadedError,
+    PromptTooLongError,
+    StateError,
+    UserError,
+)
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S: Final = 10.0  # a stream says something at least so often, or clients give up
+STOP_GRACE_S: Final = 2.0
+
+
+class Service(Protocol):
+    """What the API needs of the board."""
+
+    def plan(self) -> tuple[int, int, int, int]:
+        """The configured (layers, proposers, max_tokens, deadline_ms)."""
+
+    def own_model(self) -> tuple[str, int]:
+        """Name and context, in tokens, of this board's model."""
+
+    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+        """How many tokens the model counts.
+
+        :raises EngineError: the model is not there now.
+        """
+
+    def new_request_id(self) -> str:
+        """A name for a prompt, never used before."""
+
+    def events(self, request: Request) -> AsyncIterator[RequestEvent]:
+        """Submit a prompt and hear what becomes of it, to its one end. Closing the iterator
+        early cancels the prompt."""
+
+    def status(self) -> dict[str, Any]:
+        """The board's state, for people and scripts."""
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Every board known: paired, or seen and not paired."""
+
+
+def failure(failed: Failed) -> EdgemoaError:
+    """The core's word for a prompt's bad end, as an error."""
+    if failed.code == "overloaded":
+        seconds = max(1, -(-failed.retry_after_ms // 1000))
+        return OverloadedError(
+            failed.reason, hint=f"try again in {seconds} s", retry_after_s=seconds
+        )
+    kinds: dict[str, type[EdgemoaError]] = {
+        "context_length_exceeded": PromptTooLongError,
+        "engine_failed": EngineError,
+        "deadline_exceeded": DeadlineError,
+    }
+    return kinds.get(failed.code, BoardError)(failed.reason)
+
+
+class Api:
+    """The listening side. ``start`` and ``stop`` once each."""
+
+    def __init__(self, service: Service, path: Path, mode: int) -> None:
+        self._service = service
+        self._path = path
+        self._mode = mode
+        self._runner: web.AppRunner | None = None
+        self._open = 0
+
+    async def start(self) -> None:
+        """Listen.
+
+        :raises AddressInUseError: another daemon has the socket.
+        :raises ConfigError, StateError: the path cannot be used.
+        """
+        app = web.Application(middlewares=[self._guard], client_max_size=limits.MAX_BODY_BYTES)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/status", self._status)
+        app.router.add_get("/v1/devices", self._devices)
+        app.router.add_get("/healthz", self._health)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,  # a client that goes away frees what works for it
+            shutdown_timeout=STOP_GRACE_S,
+            max_line_size=8 * limits.KIB,
+            max_field_size=8 * limits.KIB,
+        )
+        await self._runner.setup()
+        listening = await asyncio.to_thread(_listen, self._path, self._mode)
+        await web.SockSite(self._runner, listening).start()
+
+    async def stop(self) -> None:
+        """Stop listening, let running answers end within a moment, remove the socket."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    # --- handlers
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if self._open >= limits.MAX_API_CONNECTIONS:
+            return _error(OverloadedError("too many requests at a time", hint="try again"))
+        self._open += 1
+        try:
+            return await handler(request)
+        except EdgemoaError as error:
+            return _error(error)
+        except web.HTTPRequestEntityTooLarge:
+            text = f"the request is larger than {limits.MAX_BODY_BYTES} bytes"
+            return _error(UserError(text, hint="send less"), 413)
+        except web.HTTPException as error:
+            return _error(
+                UserError(f"{request.method} {request.path}: {error.reason}"), error.status
+            )
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("a request failed", extra={"path": request.path})
+            return _error(EdgemoaError("something went wrong in edgemoa", hint="see its log"))
+        finally:
+            self._open -= 1
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return _json(openai.models_json(self._service.own_model()[0]))
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return _json(self._service.status())
+
+    async def _devices(self, _: web.Request) -> web.Response:
+        return _json({"devices": self._service.devices()})
+
+    async def _chat(self, http: web.Request) -> web.StreamResponse:
+        ask = openai.decode_chat_request(await http.read())
+        layers, proposers, max_tokens, deadline_ms = self._service.plan()
+        own_model, context_tokens = self._service.own_model()
+        layers, proposers = ask.plan(own_model, layers, proposers)
+        sampling = ask.sampling(max_tokens)
+        messages = ask.conversation()
+        prompt_tokens = await self._service.measure(messages)
+        if prompt_tokens >= context_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_tokens} tokens, the model's context {context_tokens}",
+                hint="shorten the prompt or the conversation",
+            )
+        request = Request(
+            request_id=self._service.new_request_id(),
+            messages=messages,
+            prompt_tokens=prompt_tokens,
+            layers=layers,
+            proposers=proposers,
+            sampling=sampling,
+            deadline_ms=ask.edgemoa.deadline_ms or deadline_ms,
+        )
+        async with contextlib.aclosing(_Events(self._service.events(request))) as events:
+            first = await events.next()
+            if isinstance(first, Failed):
+                raise failure(first)
+            if ask.stream:
+                return await _Stream(http, request.request_id, ask).send(first, events)
+            while True:
+                match event := await events.next():
+                    case Answered():
+                        return _json(
+                            openai.completion(
+                                request.request_id, int(time.time()), ask.model, event
+                            )
+                        )
+                    case Failed():
+                        raise failure(event)
+                    case _:
+                        pass
+
+
+class _Events:
+    """A request's events, with a way to wait for the next for a bounded time only."""
+
+    def __init__(self, source: AsyncIterator[RequestEvent]) -> None:
+        self._source = source
+        self._waiting: asyncio.Task[RequestEvent] | None = None
+
+    async def next(self) -> RequestEvent:
+        event = await self.next_within(None)
+        assert event is not None  # noqa: S101 - no time limit was given
+        return event
+
+    async def next_within(self, seconds: float | None) -> RequestEvent | None:
+        """The next event, or None if there is none within that time; it is not lost."""
+        if self._waiting is None:
+            self._waiting = asyncio.ensure_future(anext(self._source))
+        done, _ = await asyncio.wait((self._waiting,), timeout=seconds)
+        if not done:
+            return None
+        waiting, self._waiting = self._waiting, None
+        return waiting.result()
+
+    async def aclose(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.wait((self._waiting,))
+        close = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class _Stream:
+    """One answer as server-sent events."""
+
+    def __init__(self, http: web.Request, request_id: str, ask: openai.ChatRequest) -> None:
+        self._http = http
+        self._id = request_id
+        self._ask = ask
+        self._created = int(time.time())
+        self._response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        )
+
+    async def send(self, first: RequestEvent, events: _Events) -> web.StreamResponse:
+        await self._response.prepare(self._http)
+        await self._progress(first)
+        await self._chunk(openai.Delta(role="assistant", content=""))
+        while True:
+            event = await events.next_within(KEEP_ALIVE_S)
+            match event:
+                case None:
+                    await self._response.write(b": working\n\n")
+                case Text(text=text):
+                    await self._chunk(openai.Delta(content=text))
+                case Answered():
+                    await self._end(event)
+                    break
+                case Failed():
+                    await self._data(openai.encode(openai.error_json(failure(event))))
+                    break
+                case _:
+                    await self._progress(event)
+        await self._response.write_eof()
+        return self._response
+
+    async def _progress(self, event: RequestEvent) -> None:
+        if self._ask.edgemoa.events:
+            await self._data(openai.encode(self._new([], edgemoa=event)))
+        elif not isinstance(event, Accepted):
+            await self._response.write(b": working\n\n")
+
+    async def _chunk(self, delta: openai.Delta, finish_reason: str | None = None) -> None:
+        chunk = self._new([openai.ChunkChoice(delta, finish_reason)])
+        await self._data(openai.encode(chunk))
+
+    async def _end(self, answered: Answered) -> None:
+        await self._chunk(openai.Delta(), openai.finish_reason(answered))
+        options = self._ask.stream_options
+        if self._ask.edgemoa.events or (options is not None and options.include_usage):
+            last = self._new([], edgemoa=answered)
+            last.usage = openai.usage(answered)
+            await self._data(openai.encode(last))
+        await self._data(b"[DONE]")
+
+    def _new(self, choices: list[openai.ChunkChoice], **more: Any) -> openai.Chunk:
+        return openai.Chunk(self._id, self._created, self._ask.model, choices, **more)
+
+    async def _data(self, data: bytes) -> None:
+        await self._response.write(b"data: " + data + b"\n\n")
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=openai.encode(value), status=status, content_type="application/json", headers=headers
+    )
+
+
+def _error(error: EdgemoaError, status: int = 0) -> web.Response:
+    headers = openai.error_headers(error)
+    return _json(openai.error_json(error), status or error.http_status, headers)
+
+
+def _listen(path: Path, mode: int) -> socket.socket:
+    """A listening socket at ``path`` with ``mode`` from its first instant on."""
+    if len(os.fsencode(path)) > 107:  # sun_path of Linux, less its closing zero
+        raise ConfigError(
+            f"the socket path {path} is longer than the 107 bytes that Linux allows",
+            hint="set api.socket to a shorter one",
+        )
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        _remove_stale(path)
+        umask = os.umask(0o777 & ~mode)
+        try:
+            listening.bind(os.fspath(path))
+        finally:
+            os.umask(umask)
+        listening.listen(128)
+        listening.setblocking(False)
+    except BaseException as error:
+        listening.close()
+        if not isinstance(error, OSError):
+            raise
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(path) from error
+        raise StateError(
+            f"cannot listen on {path}: {error.strerror}",
+            hint="set api.socket to a path that this user may write",
+        ) from error
+    return listening
+
+
+def _remove_stale(path: Path) -> None:
+    """Take away a socket file that nobody listens on, as a crash leaves it."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise AddressInUseError(
+                f"{path} exists and is not a socket", hint="remove it or set api.socket"
+            )
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            log.info("removed a stale socket", extra={"path": str(path)})
+            return
+    raise _in_use(path)
+
+
+def _in_use(path: Path) -> AddressInUseError:
+    return AddressInUseError(
+        f"another edgemoa listens on {path}", hint="stop it, or set api.socket to another path"
+    )

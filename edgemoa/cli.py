@@ -1,0 +1,383 @@
+"""The command line. A command imports what it needs when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgemoa import __version__
+from edgemoa.errors import EdgemoaError, InvalidPromptError, UserError
+
+if TYPE_CHECKING:
+    from edgemoa.config import Config
+
+CONFIG_FILES = ("/etc/edgemoa/edgemoa.toml", "~/.config/edgemoa/edgemoa.toml")
+DEFAULT_PROMPT = "Why is the sky blue?"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code: int = arguments.func(arguments)
+        sys.stdout.flush()
+    except EdgemoaError as error:
+        if getattr(arguments, "json", False):
+            told = {"code": error.code, "message": str(error), "hint": error.hint}
+            print(json.dumps({"error": told}))
+        print(f"edgemoa: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"  next: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("edgemoa: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has had enough. Keep the interpreter from failing on it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgemoa",
+        description="Small boards on one network answer a prompt together: each proposes with its "
+        "own model, the board that was asked writes one answer out of the proposals.",
+        epilog="`edgemoa COMMAND --help` tells more. Exit codes are in the README.",
+    )
+    parser.add_argument("--version", action="version", version=f"edgemoa {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "start boards on this machine and ask them something")
+    demo.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="default: %(default)s")
+    demo.add_argument("--boards", type=_count(1, 16), default=3, help="default: %(default)s")
+    demo.add_argument(
+        "--layers", "-M", type=_count(0, 8), default=1, help="layers of proposals (default: 1)"
+    )
+    demo.add_argument(
+        "--proposers", "-k", type=_count(0, 16), default=2, help="peers per layer (default: 2)"
+    )
+    demo.add_argument("--max-tokens", type=_count(1, 32_768), help="length of the answer at most")
+    demo.add_argument("--model", help="a model from `edgemoa model list` (default: as configured)")
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    _config_options(demo)
+
+    serve = _command(commands, "serve", _serve, "run this board's daemon")
+    serve.add_argument("--state-dir", help="identity and paired boards (board.state_dir)")
+    serve.add_argument("--socket", help="the local API's socket (api.socket)")
+    serve.add_argument("--stop-at-eof", action="store_true", help=argparse.SUPPRESS)
+    _config_options(serve)
+
+    ask = _command(commands, "ask", _ask, "ask the group, through this board's daemon")
+    ask.add_argument("prompt", nargs="?", help="the prompt; read from standard input if left out")
+    ask.add_argument("--layers", "-M", type=_count(0, 8), help="layers of proposals")
+    ask.add_argument("--proposers", "-k", type=_count(0, 16), help="peers per layer")
+    ask.add_argument("--no-peers", action="store_true", help="this board alone")
+    ask.add_argument("--max-tokens", type=_count(1, 32_768), help="length of the answer at most")
+    ask.add_argument("--temperature", type=float, help="0, the default, is greedy")
+    ask.add_argument("--trace", action="store_true", help="then show who did what")
+    ask.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(ask)
+
+    status = _command(commands, "status", _status, "how this board is doing")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(status)
+
+    devices = _command(commands, "devices", _devices, "boards that are paired, or seen and not")
+    devices.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(devices)
+
+    secret = _command(
+        commands, "join-secret", _join_secret, "make a secret; boards that hold it pair themselves"
+    )
+    secret.add_argument("action", choices=("new",), help="new: print a fresh one")
+
+    config = _command(commands, "config", _config, "show every setting, as a configuration file")
+    config.add_argument("--check", metavar="FILE", help="only say whether FILE is valid")
+
+    sim = _command(commands, "sim", _sim, "simulate a group of boards on a virtual clock")
+    _sim_options(sim)
+
+    from edgemoa import cli_model
+
+    cli_model.add_parser(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    parser.set_defaults(func=function)
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"settings (default: the first of {', '.join(CONFIG_FILES)})",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="settings",
+        help="one setting; may be repeated, and goes before file and environment",
+    )
+
+
+def _socket_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket", help="the daemon's socket (default: $EDGEMOA_API_SOCKET, or its usual place)"
+    )
+
+
+def _count(low: int, high: int) -> Any:
+    def count(text: str) -> int:
+        number = int(text)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} to {high}")
+        return number
+
+    return count
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    from edgemoa import config
+
+    file = Path(arguments.config) if arguments.config else None
+    if file is None:
+        usual = (Path(name).expanduser() for name in CONFIG_FILES)
+        file = next((path for path in usual if path.is_file()), None)
+    return config.load(file, flags=arguments.settings)
+
+
+# --- commands
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from edgemoa import show
+    from edgemoa.demo import default_models_dir, demo
+
+    config = _load(arguments)
+    terminal = show.Terminal(out=sys.stderr if arguments.json else None)
+    answered = demo(
+        prompt=_prompt(arguments.prompt),
+        boards=arguments.boards,
+        layers=arguments.layers,
+        proposers=arguments.proposers,
+        max_tokens=arguments.max_tokens,
+        models_dir=default_models_dir(config),
+        model=arguments.model or config.model.name,
+        terminal=terminal,
+    )
+    if arguments.json:
+        print(json.dumps(show.report(answered)))
+    else:
+        print(f"\n{show.summary(answered)}")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from edgemoa import log
+
+    for flag, setting in (
+        (arguments.state_dir, "board.state_dir"),
+        (arguments.socket, "api.socket"),
+    ):
+        if flag is not None:
+            arguments.settings.append(f"{setting}={flag}")
+    config = _load(arguments)
+    log.set_up(config.log.level, config.log.format)
+
+    from edgemoa.daemon import serve
+
+    return serve(config, stop_at_eof=arguments.stop_at_eof)
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from edgemoa import show
+
+    text = _prompt(sys.stdin.read() if arguments.prompt is None else arguments.prompt)
+    extra: dict[str, Any] = {"events": True}
+    if arguments.no_peers:
+        extra |= {"layers": 0, "proposers": 0}
+    for key in ("layers", "proposers"):
+        if getattr(arguments, key) is not None:
+            extra[key] = getattr(arguments, key)
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "edgemoa": extra}
+    for key in ("max_tokens", "temperature"):
+        if getattr(arguments, key) is not None:
+            body[key] = getattr(arguments, key)
+    quiet = arguments.json or not (arguments.trace or sys.stderr.isatty())
+    terminal = None if arguments.json else show.Terminal(err=io.StringIO() if quiet else None)
+    answered = show.follow(_client(arguments).chat(body), terminal)
+    if arguments.json:
+        print(json.dumps(show.report(answered)))
+    elif arguments.trace:
+        print(f"\n{show.summary(answered)}", file=sys.stderr)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edgemoa import show
+
+    status = _client(arguments).get("/v1/status")
+    if arguments.json:
+        print(json.dumps(status))
+        return 0
+    engine = f"{status['model'] or 'no model'}, {'ready' if status['ready'] else 'not ready'}"
+    print(f"{status['name']}  {status['id']}")
+    print(f"model    {engine}, {status['engine']['restarts']} restarts")
+    print(
+        f"queue    {status['running']} running, {status['waiting']} waiting, "
+        f"{show.seconds(status['expected_wait_ms'])} expected wait"
+    )
+    print(
+        f"bounds   {status['prompts']} of {status['own_requests_cap']} own prompts, "
+        f"{status['peer_jobs']} of {status['peer_jobs_cap']} peers' jobs"
+    )
+    for kind, milliseconds in status["service_ms"].items():
+        print(f"average  {show.seconds(milliseconds)} for a {kind}")
+    peers = status["peers"]
+    print(f"peers    {sum(p['accepting'] for p in peers)} of {len(peers)} at hand")
+    for peer in peers:
+        print(f"         {peer['name']}: {peer['presence']}, {peer['waiting']} waiting")
+    return 0
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    from edgemoa import show
+
+    devices = _client(arguments).get("/v1/devices")["devices"]
+    if arguments.json:
+        print(json.dumps(devices))
+        return 0
+    if not devices:
+        print("no other board has been seen; is one running on this network?")
+        return 0
+    rows = [("NAME", "STATE", "PRESENCE", "MODEL", "ADDRESS", "ID", "")]
+    rows += [
+        (
+            device["name"] or "-",
+            device["state"],
+            device.get("presence", "-"),
+            device.get("model") or "-",
+            device["address"] or "-",
+            device["id"],
+            device["detail"],
+        )
+        for device in devices
+    ]
+    print(show.table(rows))
+    return 0
+
+
+def _join_secret(_: argparse.Namespace) -> int:
+    from edgemoa.net.pairing import new_join_secret
+
+    print(new_join_secret())
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from edgemoa import config
+
+    if arguments.check:
+        config.load(Path(arguments.check), environment={})
+        print(f"{arguments.check} is valid")
+    else:
+        print(config.reference(), end="")
+    return 0
+
+
+def _sim_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--boards", type=_count(1, 1000), default=4, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=600.0, help="virtual (default: 600)")
+    parser.add_argument(
+        "--rate", type=float, default=0.05, help="prompts per second and board (default: 0.05)"
+    )
+    parser.add_argument("--layers", "-M", type=_count(0, 8), default=1, help="default: 1")
+    parser.add_argument("--proposers", "-k", type=_count(0, 16), default=2, help="default: 2")
+    parser.add_argument(
+        "--service",
+        type=_service_times,
+        default=(1.0,),
+        metavar="S[,S...]",
+        help="mean service time in seconds, dealt out to the boards in turn (default: 1)",
+    )
+    parser.add_argument("--loss", type=float, default=0.0, help="share of datagrams lost")
+    parser.add_argument("--crashes", type=float, default=0.0, help="per board and hour")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed, the same run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _service_times(text: str) -> tuple[float, ...]:
+    times = tuple(float(part) for part in text.split(","))
+    if not all(0 < time_s < 86_400 for time_s in times):
+        raise argparse.ArgumentTypeError("must be positive")
+    return times
+
+
+def _sim(arguments: argparse.Namespace) -> int:
+    import statistics
+    from dataclasses import asdict
+
+    from edgemoa.sim.world import Scenario, World
+
+    if arguments.rate < 0 or not 0 <= arguments.loss < 1 or arguments.seconds <= 0:
+        raise UserError("rate, loss or seconds is out of range", hint="see `edgemoa sim --help`")
+    scenario = Scenario(
+        boards=arguments.boards,
+        seconds=arguments.seconds,
+        prompts_per_s=arguments.rate,
+        layers=arguments.layers,
+        proposers=arguments.proposers,
+        service_s=arguments.service,
+        loss=arguments.loss,
+        crashes_per_s=arguments.crashes / 3600,
+    )
+    outcome = World(scenario, arguments.seed).run()
+    told = asdict(outcome)
+    latency_ms = sorted(told.pop("latency_ms"))
+    told["latency_ms_mean"] = round(statistics.fmean(latency_ms)) if latency_ms else None
+    told["latency_ms_p95"] = latency_ms[len(latency_ms) * 95 // 100] if latency_ms else None
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        for key, value in told.items():
+            print(f"{key:16} {round(value, 3) if isinstance(value, float) else value}")
+    return 0
+
+
+def _prompt(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidPromptError(
+            "the prompt is not valid UTF-8", hint="encode it as UTF-8"
+        ) from None
+    if not text.strip():
+        raise InvalidPromptError("the prompt is empty", hint="say something, in quotes")
+    return text
+
+
+def _client(arguments: argparse.Namespace) -> Any:
+    from edgemoa.client import Client
+
+    path = arguments.socket or os.environ.get("EDGEMOA_API_SOCKET")
+    return Client(Path(path).expanduser() if path else None)

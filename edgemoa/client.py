@@ -1,0 +1,127 @@
+"""Talk to a running daemon over its local socket, with nothing but the standard library."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgemoa.config import default_socket_path
+from edgemoa.errors import BoardError, DaemonUnreachableError, EdgemoaError, OverloadedError
+
+
+class Client:
+    """A client of one board's daemon; a connection a call, so it can be shared and kept."""
+
+    def __init__(self, path: Path | None = None, *, timeout_s: float | None = None) -> None:
+        self.path = path or default_socket_path()
+        self._timeout_s = timeout_s
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at ``path``.
+
+        :raises DaemonUnreachableError: no daemon there.
+        :raises EdgemoaError: what the daemon answered instead.
+        """
+        response = self._request("GET", path, None)
+        return _object(response.read())
+
+    def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed chat completion; closing the iterator cancels it.
+
+        :raises EdgemoaError: before the first chunk or in the middle.
+        """
+        response = self._request("POST", "/v1/chat/completions", {**body, "stream": True})
+        try:
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                data = line[6:].strip()
+                if data == b"[DONE]":
+                    return
+                chunk = _object(data)
+                if "error" in chunk:
+                    raise _error(chunk)
+                yield chunk
+            raise BoardError("the daemon went away in the middle of the answer", hint="ask again")
+        except (http.client.HTTPException, OSError) as error:
+            raise BoardError(
+                "the connection to the daemon broke in the middle of the answer", hint="ask again"
+            ) from error
+        finally:
+            response.close()
+
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> http.client.HTTPResponse:
+        connection = _Connection(self.path, self._timeout_s)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            headers = {"Connection": "close", "Content-Type": "application/json"}
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise DaemonUnreachableError(
+                f"no edgemoa daemon listens on {self.path}",
+                hint="start one with `edgemoa serve`, or name its socket with --socket",
+            ) from error
+        except PermissionError as error:
+            raise DaemonUnreachableError(
+                f"this user may not use {self.path}",
+                hint="join the group that owns the socket, or ask as its user",
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise DaemonUnreachableError(
+                f"the daemon on {self.path} does not answer", hint="see its log"
+            ) from error
+        if response.status != http.client.OK:
+            raise _error(_object(response.read()), response.getheader("Retry-After"))
+        return response
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self.timeout)
+            sock.connect(str(self._path))
+        except OSError:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BoardError("the daemon's answer is not JSON", hint="is it edgemoa?") from error
+    if not isinstance(value, dict):
+        raise BoardError("the daemon's answer is not an object", hint="is it edgemoa?")
+    return value
+
+
+def _error(answer: dict[str, Any], retry_after: str | None = None) -> EdgemoaError:
+    """The error that the daemon reported, as the class that it came from."""
+    told = answer.get("error")
+    code, text = (
+        (told.get("code"), str(told.get("message"))) if isinstance(told, dict) else ("", "unknown")
+    )
+    kind = _by_code(EdgemoaError).get(str(code), EdgemoaError)
+    if kind is OverloadedError and retry_after and retry_after.isdigit():
+        return OverloadedError(text, retry_after_s=int(retry_after))
+    return kind(text)
+
+
+def _by_code(kind: type[EdgemoaError]) -> dict[str, type[EdgemoaError]]:
+    kinds = {kind.code: kind}
+    for below in kind.__subclasses__():
+        kinds |= {code: k for code, k in _by_code(below).items() if code not in kinds}
+    return kinds

@@ -1,0 +1,456 @@
+"""The daemon: owns the clock, chance, signals and logging, and joins the shells to the core.
+
+Whatever happens (a message, a finished job, a prompt, a deadline) becomes one call of the node,
+and the effects that it returns are carried out here, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Any, Final
+
+import msgspec
+
+from edgemoa.api.server import Api
+from edgemoa.config import Config
+from edgemoa.core import limits
+from edgemoa.core.events import (
+    Answered,
+    Effect,
+    EngineInfo,
+    Failed,
+    Request,
+    RequestEvent,
+    Send,
+    StartWork,
+    StopWork,
+    Tell,
+    Text,
+    WorkDone,
+    WorkFailed,
+)
+from edgemoa.core.messages import BoardId, ChatMessage, Message
+from edgemoa.core.moa import Synthesis
+from edgemoa.core.node import Node, NodeSettings
+from edgemoa.core.status import snapshot
+from edgemoa.engine.engine import Engine
+from edgemoa.errors import ConfigError, EdgemoaError, EngineError
+from edgemoa.models.library import ModelLibrary, default_model_dir
+from edgemoa.net.identity import load_identity
+from edgemoa.net.network import Network
+from edgemoa.net.pairing import JoinSecret, parse_join_secret
+from edgemoa.store import Store
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S: Final = 20.0  # to finish what runs, after SIGTERM
+LAG_PROBE_S: Final = 0.05
+MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
+
+
+class Daemon:
+    """One board's process. :meth:`run` is its life."""
+
+    def __init__(self, config: Config, *, stop_at_eof: bool = False) -> None:
+        self._config = config
+        self._stop_at_eof = stop_at_eof
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._stopping = asyncio.Event()
+        self._in_a_hurry = asyncio.Event()
+        self._went_idle = asyncio.Event()
+        self._defect: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms = 0
+        self._lag_ms_max = 0.0
+        self._probing = False
+        self._node: Node
+        self._network: Network
+        self._engine: Engine
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, stop in good order; returns the exit code.
+
+        :raises EdgemoaError: it could not be started; nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._defect_found)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop)
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack)
+            notify("READY=1", "STATUS=serving")
+            log.info("serving", extra={"socket": str(self._config.socket_path())})
+            await self._stopping.wait()
+            notify("STOPPING=1")
+            await self._drain()
+        return 70 if self._defect else 0
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        config = self._config
+        name = config.board.name or socket.gethostname()[: limits.MAX_NAME_BYTES]
+        library = ModelLibrary(models_dir(config))
+        # What can be wrong is found out before anything is started, the cheapest first.
+        model_dir = await asyncio.to_thread(library.find, config.model.name)
+        strategy = await asyncio.to_thread(_strategy, config)
+        join_secret = await asyncio.to_thread(_join_secret, config)
+        state_dir = config.state_dir()
+        identity = await asyncio.to_thread(load_identity, state_dir)
+        store = Store(state_dir)
+        await asyncio.to_thread(store.open)
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        boot = await asyncio.to_thread(store.count_boot)
+        chance = SystemRandom()
+        self._network = Network(
+            config.net,
+            name=name,
+            identity=identity,
+            store=store,
+            boot=boot,
+            handlers=self,
+            rng=Random(chance.getrandbits(64)),
+            join_secret=join_secret,
+        )
+        threads = config.model.threads or os.cpu_count() or 1
+        self._engine = Engine(model_dir, config.model.name, threads, self)
+        settings = NodeSettings(
+            name=name,
+            boot=boot,
+            own_requests=config.queue.own_requests,
+            peer_jobs=config.queue.peer_jobs,
+            quorum=config.moa.quorum,
+            layer_deadline_ms=config.moa.layer_deadline_s * 1000,
+            proposal_max_tokens=config.moa.proposal_max_tokens,
+            proposal_temperature=config.moa.proposal_temperature,
+            strategy=strategy,
+        )
+        self._node = Node(identity.board_id, settings, Random(chance.getrandbits(64)))
+        api = Api(self, config.socket_path(), config.api.socket_mode)
+        await api.start()
+        stack.push_async_callback(api.stop)
+        stack.push_async_callback(self._network.stop)
+        await self._network.start()
+        stack.push_async_callback(self._engine.stop)
+        await self._engine.start()
+        stack.callback(self._last_words)
+        self._apply(self._node.tick(self._now_ms()))
+        if self._stop_at_eof:
+            await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
+
+    # --- the node and its effects
+
+    def _now_ms(self) -> int:
+        return round(asyncio.get_running_loop().time() * 1000)
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(to=to, message=message):
+                    self._network.send(to, message)
+                case StartWork(job=job):
+                    # A model process that has just died takes nothing; that it is lost follows,
+                    # and the node then tries the job again.
+                    with contextlib.suppress(EngineError):
+                        self._engine.work(job)
+                    self._probe_lag()
+                case StopWork(job_id=job_id):
+                    with contextlib.suppress(EngineError):
+                        self._engine.cancel(job_id)
+                case Tell(request_id=request_id, event=event):
+                    if mailbox := self._mailboxes.get(request_id):
+                        mailbox.put(event)
+        if self._node.draining and self._node.idle:
+            self._went_idle.set()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        due_ms = self._node.next_deadline_ms()
+        if self._timer is not None and self._timer_ms <= due_ms:
+            return  # a tick that comes early only sets the next timer
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_ms = due_ms
+        self._timer = asyncio.get_running_loop().call_at(due_ms / 1000, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._apply(self._node.tick(self._now_ms()))
+
+    # --- what the network tells
+
+    def on_message(self, sender: BoardId, message: Message) -> None:
+        """A paired board said something."""
+        self._apply(self._node.receive(sender, message, self._now_ms()))
+
+    def on_undelivered(self, to: BoardId, message: Message) -> None:
+        """Something could not be brought to its board."""
+        self._apply(self._node.undelivered(to, message, self._now_ms()))
+
+    def on_paired(self, board: BoardId, name: str) -> None:
+        """A board may be spoken to from now on."""
+        self._apply(self._node.pair(board, name, self._now_ms()))
+
+    def on_unpaired(self, board: BoardId, reason: str) -> None:
+        """A board may no longer be spoken to."""
+        self._apply(self._node.unpair(board, self._now_ms()))
+
+    # --- what the engine tells
+
+    def on_ready(self, info: EngineInfo) -> None:
+        """The model takes work."""
+        log.info("model ready", extra={"model": info.model, "context_tokens": info.context_tokens})
+        self._apply(self._node.engine_is_ready(info, self._now_ms()))
+
+    def on_lost(self, reason: str) -> None:
+        """The model process is gone."""
+        log.warning("model process lost", extra={"reason": reason})
+        self._apply(self._node.engine_is_lost(self._now_ms()))
+
+    def on_text(self, job_id: int, text: str) -> None:
+        """A piece of an answer."""
+        self._apply(self._node.wrote(job_id, text, self._now_ms()))
+
+    def on_done(self, job_id: int, result: WorkDone) -> None:
+        """A job is finished."""
+        log.debug("job done", extra={"tokens": result.tokens, "work_ms": result.work_ms})
+        self._apply(self._node.finished(job_id, result, self._now_ms()))
+
+    def on_failed(self, job_id: int, failure: WorkFailed) -> None:
+        """A job could not be done."""
+        log.warning("job failed", extra={"reason": failure.reason})
+        self._apply(self._node.failed(job_id, failure, self._now_ms()))
+
+    # --- what the API asks
+
+    def plan(self) -> tuple[int, int, int, int]:
+        """See :class:`edgemoa.api.server.Service`."""
+        moa = self._config.moa
+        return moa.layers, moa.proposers, moa.max_tokens, moa.deadline_s * 1000
+
+    def own_model(self) -> tuple[str, int]:
+        """See :class:`edgemoa.api.server.Service`."""
+        info = self._node.engine
+        return self._config.model.name, info.context_tokens if info else 0
+
+    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+        """See :class:`edgemoa.api.server.Service`."""
+        return await self._engine.measure(messages)
+
+    def new_request_id(self) -> str:
+        """See :class:`edgemoa.api.server.Service`."""
+        return f"chatcmpl-{secrets.token_hex(12)}"
+
+    async def events(self, request: Request) -> AsyncIterator[RequestEvent]:
+        """See :class:`edgemoa.api.server.Service`."""
+        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        ended = False
+        try:
+            self._apply(self._node.submit(request, self._now_ms()))
+            while not ended:
+                event = await mailbox.get()
+                ended = isinstance(event, Answered | Failed)
+                yield event
+        finally:
+            del self._mailboxes[request.request_id]
+            if not ended:
+                self._apply(self._node.cancel(request.request_id, self._now_ms()))
+
+    def status(self) -> dict[str, Any]:
+        """See :class:`edgemoa.api.server.Service`."""
+        status: dict[str, Any] = msgspec.to_builtins(snapshot(self._node, self._now_ms()))
+        status["engine"] = {"pid": self._engine.pid, "restarts": self._engine.restarts}
+        status["pid"] = os.getpid()
+        status["port"] = self._network.port
+        status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
+        return status
+
+    def devices(self) -> list[dict[str, Any]]:
+        """See :class:`edgemoa.api.server.Service`."""
+        peers = {peer.id: peer for peer in snapshot(self._node, self._now_ms()).peers}
+        devices = []
+        for device in self._network.devices():
+            told: dict[str, Any] = msgspec.to_builtins(device)
+            peer = peers.get(device.id)
+            if peer is not None:
+                told |= {
+                    "name": peer.name,
+                    "presence": peer.presence,
+                    "model": peer.model,
+                    "waiting": peer.waiting,
+                    "expected_wait_ms": peer.expected_wait_ms,
+                }
+            devices.append(told)
+        return devices
+
+    # --- the end
+
+    def _told_to_stop(self) -> None:
+        if self._stopping.is_set():
+            self._in_a_hurry.set()  # told twice: stop now
+        self._stopping.set()
+
+    def _defect_found(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something failed that nobody waited for: a defect. A state that may be wrong is not
+        kept up; the daemon says so and stops, and its supervisor starts it anew."""
+        error = context.get("exception")
+        log.error(
+            "defect: %s",
+            context.get("message", "unknown"),
+            exc_info=error if isinstance(error, BaseException) else None,
+        )
+        self._defect = error or RuntimeError("unknown")
+        self._in_a_hurry.set()
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Finish what runs, within bounds; hand back what has not begun."""
+        log.info("stopping", extra={"prompts": len(self._node.runs)})
+        self._apply(self._node.drain(self._now_ms()))
+        waits = [
+            asyncio.ensure_future(event.wait()) for event in (self._went_idle, self._in_a_hurry)
+        ]
+        await asyncio.wait(waits, timeout=STOP_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def _last_words(self) -> None:
+        self._apply(self._node.stop(self._now_ms()))
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # --- how responsive it is
+
+    def _probe_lag(self) -> None:
+        """While the model works, watch how late the event loop gets to what is due."""
+        if not self._probing:
+            self._probing = True
+            self._next_probe()
+
+    def _next_probe(self) -> None:
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + LAG_PROBE_S
+        loop.call_at(due_s, self._probe, due_s)
+
+    def _probe(self, due_s: float) -> None:
+        late_ms = (asyncio.get_running_loop().time() - due_s) * 1000
+        self._lag_ms_max = max(self._lag_ms_max, late_ms)
+        if self._node.queue.running:
+            self._next_probe()
+        else:
+            self._probing = False
+
+
+class _Mailbox:
+    """What a waiting client has not heard yet. Text is joined, so that a slow reader costs no
+    more memory than the answer itself."""
+
+    def __init__(self) -> None:
+        self._events: deque[RequestEvent] = deque()
+        self._there = asyncio.Event()
+
+    def put(self, event: RequestEvent) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(event, Text) and isinstance(last, Text):
+            self._events[-1] = Text(last.text + event.text)
+        else:
+            self._events.append(event)
+        self._there.set()
+
+    async def get(self) -> RequestEvent:
+        while not self._events:
+            self._there.clear()
+            await self._there.wait()
+        return self._events.popleft()
+
+
+def notify(*lines: str) -> None:
+    """Tell systemd how this service is doing (sd_notify); nothing without systemd."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
+        except OSError as error:
+            log.warning("systemd was not reached", extra={"reason": error.strerror})
+
+
+def models_dir(config: Config) -> Path:
+    """Where this configuration keeps models."""
+    configured = config.board.models_dir
+    return Path(configured).expanduser() if configured else default_model_dir()
+
+
+def _strategy(config: Config) -> Synthesis:
+    if not config.moa.aggregation_prompt_file:
+        return Synthesis()
+    file = Path(config.moa.aggregation_prompt_file).expanduser()
+    try:
+        return Synthesis(_read_text(file, "moa.aggregation_prompt_file"))
+    except ValueError as error:
+        raise ConfigError(
+            f"moa.aggregation_prompt_file: {file}: {error}",
+            hint="write {proposals} where they belong, and {request} to repeat the request",
+        ) from None
+
+
+def _join_secret(config: Config) -> JoinSecret | None:
+    if not config.net.join_secret_file:
+        return None
+    file = Path(config.net.join_secret_file).expanduser()
+    return parse_join_secret(_read_text(file, "net.join_secret_file"))
+
+
+def _read_text(file: Path, setting: str) -> str:
+    try:
+        with file.open("rb") as stream:
+            text = stream.read(MAX_SECRET_FILE_BYTES + 1)
+        if len(text) > MAX_SECRET_FILE_BYTES:
+            raise ConfigError(f"{setting}: {file} is too large", hint="is it the right file?")
+        return text.decode().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: cannot read {file}: {error.strerror}",
+            hint="check the path and its permissions",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting}: {file} is not UTF-8", hint="encode it as UTF-8") from error
+
+
+async def _at_eof(fd: int, then: Any, stack: contextlib.AsyncExitStack) -> None:
+    """Call ``then`` when ``fd`` ends: whoever started this daemon is gone."""
+    loop = asyncio.get_running_loop()
+
+    def readable() -> None:
+        if not os.read(fd, 4096):
+            loop.remove_reader(fd)
+            then()
+
+    loop.add_reader(fd, readable)
+    stack.callback(loop.remove_reader, fd)
+
+
+def serve(config: Config, *, stop_at_eof: bool = False) -> int:
+    """Run the daemon until it is told to stop; returns the exit code.
+
+    :raises EdgemoaError: it could not be started.
+    """
+
+    async def main() -> int:
+        return await Daemon(config, stop_at_eof=stop_at_eof).run()
+
+    try:
+        return asyncio.run(main())
+    except EdgemoaError as error:
+        notify(f"STATUS={error}")
+        raise

@@ -1,0 +1,161 @@
+"""How a terminal shows a prompt being answered: progress, the text, then who did what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+
+class Terminal:
+    """Progress on one stream, the answer on another; colour and repainting only on a terminal."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.err = err or sys.stderr
+        self._live = self.err.isatty()
+        self._painted = False
+
+    def step(self, text: str) -> None:
+        """A line of progress that stays."""
+        self._wipe()
+        print(self._dim(f"· {text}"), file=self.err, flush=True)
+
+    def pending(self, text: str) -> None:
+        """A line of progress that the next one replaces; only on a terminal."""
+        if self._live:
+            self._wipe()
+            print(self._dim(f"· {text}"), end="", file=self.err, flush=True)
+            self._painted = True
+
+    def write(self, text: str) -> None:
+        """A piece of the answer."""
+        self._wipe()
+        self.out.write(text)
+        self.out.flush()
+
+    def _wipe(self) -> None:
+        if self._painted:
+            print("\r\x1b[2K", end="", file=self.err, flush=True)
+            self._painted = False
+
+    def _dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[0m" if self._live else text
+
+
+def follow(chunks: Iterable[dict[str, Any]], terminal: Terminal | None) -> dict[str, Any]:
+    """Show a streamed answer as it comes; returns the ``answered`` event that ends it.
+
+    :param terminal: None shows nothing.
+    """
+    answered: dict[str, Any] = {}
+    wrote = False
+    for chunk in chunks:
+        for choice in chunk.get("choices", ()):
+            text = choice.get("delta", {}).get("content", "")
+            if text and terminal is not None:
+                terminal.write(text)
+                wrote = True
+        event = chunk.get("edgemoa")
+        if isinstance(event, dict):
+            if event.get("type") == "answered":
+                answered = event
+            elif terminal is not None:
+                for line in _progress(event):
+                    terminal.step(line)
+    if wrote and terminal is not None:
+        terminal.write("\n")
+    return answered
+
+
+def _progress(event: dict[str, Any]) -> Iterator[str]:
+    match event.get("type"):
+        case "accepted":
+            granted = event["granted"]
+            why = f" ({granted['why']})" if granted["why"] else ""
+            yield f"accepted: {plan(granted)}{why}"
+        case "layer":
+            boards = ", ".join(event["boards"])
+            yield f"layer {event['layer']}: {boards} write a proposal each"
+        case "proposal":
+            p = event["proposal"]
+            yield (
+                f"layer {p['layer']}: {p['board']} proposes, {p['tokens']} tokens in "
+                f"{seconds(p['work_ms'])} after {seconds(p['queue_ms'])} in its queue"
+            )
+        case "left_out":
+            out = event["left_out"]
+            yield f"layer {out['layer']}: {out['board']} left out: {out['reason']}"
+        case "aggregating":
+            yield f"aggregating {event['proposals']} proposals"
+
+
+def summary(answered: dict[str, Any]) -> str:
+    """The table of what happened, for people."""
+    rows = [("board", "layer", "waited", "worked", "tokens", "model")]
+    rows += [
+        (
+            p["board"] + (" (owner)" if p["own"] else ""),
+            str(p["layer"]),
+            seconds(p["queue_ms"]),
+            seconds(p["work_ms"]),
+            str(p["tokens"]),
+            p["model"],
+        )
+        for p in answered["proposals"]
+    ]
+    rows.append(
+        (
+            "answer",
+            "",
+            seconds(answered["queue_ms"]),
+            seconds(answered["work_ms"]),
+            str(answered["tokens"]),
+            "",
+        )
+    )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [row[i].rjust(widths[i]) for i in range(1, 5)]
+        lines.append("  ".join((*cells, row[5])).rstrip())
+    lines += [
+        f"left out: {out['board']} (layer {out['layer']}): {out['reason']}"
+        for out in answered["left_out"]
+    ]
+    if answered["note"]:
+        lines.append(f"note: {answered['note']}")
+    granted = answered["granted"]
+    why = f" ({granted['why']})" if granted["why"] else ""
+    lines.append(f"plan {plan(granted)}{why}; {seconds(answered['total_ms'])} in all")
+    return "\n".join(lines)
+
+
+def report(answered: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object that scripts get."""
+    return {"answer": answered["text"]} | {
+        key: value for key, value in answered.items() if key not in ("text", "type")
+    }
+
+
+def plan(granted: dict[str, Any]) -> str:
+    """A plan in words."""
+    if not granted["layers"]:
+        return "alone"
+    return f"M={granted['layers']}, k={granted['proposers']}"
+
+
+def seconds(milliseconds: int) -> str:
+    """A duration for people."""
+    return f"{milliseconds / 1000:.2f} s"
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows in columns; the first row is the heading."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,412 @@
+"""The local API over a real Unix socket, in front of a scripted board."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemoa.api import server
+from edgemoa.api.server import Api
+from edgemoa.client import Client
+from edgemoa.core import limits
+from edgemoa.core.events import (
+    Accepted,
+    Answered,
+    Failed,
+    Granted,
+    LeftOut,
+    ProposalArrived,
+    ProposalRecord,
+    Request,
+    RequestEvent,
+    Text,
+)
+from edgemoa.core.messages import BoardId, ChatMessage
+from edgemoa.errors import (
+    AddressInUseError,
+    BoardError,
+    ConfigError,
+    DaemonUnreachableError,
+    DeadlineError,
+    EngineError,
+    InvalidPromptError,
+    ModelNotFoundError,
+    OverloadedError,
+    PromptTooLongError,
+    UserError,
+)
+
+RECORD = ProposalRecord("bee", BoardId("b"), "tiny", 1, 10, 5, 3, 7, own=False)
+
+
+def answered(text: str) -> Answered:
+    return Answered(
+        text=text,
+        finish="stop",
+        granted=Granted(1, 1),
+        proposals=(RECORD,),
+        left_out=(LeftOut("cee", BoardId("c"), 1, "too late"),),
+        prompt_tokens=10,
+        tokens=4,
+        queue_ms=1,
+        work_ms=2,
+        total_ms=3,
+    )
+
+
+class ScriptedBoard:
+    """Answers with what the test wrote down, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.script: list[RequestEvent | float] = [
+            Accepted(Granted(1, 1), 0),
+            ProposalArrived(RECORD),
+            Text("Bec"),
+            Text("ause."),
+            answered("Because."),
+        ]
+        self.engine_down = False
+        self.gone_early = threading.Event()
+
+    def plan(self) -> tuple[int, int, int, int]:
+        return 1, 2, 256, 60_000
+
+    def own_model(self) -> tuple[str, int]:
+        return "tiny", 100
+
+    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+        if self.engine_down:
+            raise EngineError("the model is away", hint="wait")
+        return sum(len(m.content) for m in messages)
+
+    def new_request_id(self) -> str:
+        return f"chatcmpl-{len(self.asked)}"
+
+    async def events(self, request: Request) -> AsyncIterator[RequestEvent]:
+        self.asked.append(request)
+        try:
+            for event in self.script:
+                if isinstance(event, float):
+                    await asyncio.sleep(event)
+                else:
+                    yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.gone_early.set()
+            raise
+
+    def status(self) -> dict[str, Any]:
+        return {"ready": True}
+
+    def devices(self) -> list[dict[str, Any]]:
+        return [{"id": "b", "state": "paired"}]
+
+
+@pytest.fixture
+def board() -> ScriptedBoard:
+    return ScriptedBoard()
+
+
+@pytest.fixture
+def path(board: ScriptedBoard, tmp_path: Path) -> Iterator[Path]:
+    """The socket of a server that runs in a thread of its own."""
+    place = tmp_path / "api.sock"
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def call(coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+
+    api = Api(board, place, 0o660)
+    try:
+        call(api.start())
+        yield place
+        call(api.stop())
+        assert not place.exists()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def body(content: Any = "Why?", **more: Any) -> dict[str, Any]:
+    return {"model": "edgemoa", "messages": [{"role": "user", "content": content}], **more}
+
+
+def post(path: Path, data: bytes | dict[str, Any]) -> tuple[int, dict[str, Any], Any]:
+    """Status, JSON and headers of a request that is made by hand."""
+    raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    with contextlib.closing(connection.sock):
+        connection.sock.connect(os.fspath(path))
+        connection.request("POST", "/v1/chat/completions", raw)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), response.headers
+
+
+def test_a_completion_in_openais_shape(path: Path, board: ScriptedBoard) -> None:
+    status, told, _ = post(path, body(max_tokens=7, temperature=0.5, stop="x", seed=-1))
+    assert status == 200
+    assert told["object"] == "chat.completion"
+    choice = told["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "Because."}
+    assert choice["finish_reason"] == "stop"
+    assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14}
+    assert told["edgemoa"]["proposals"][0]["board"] == "bee"
+    (request,) = board.asked
+    assert (request.layers, request.proposers, request.deadline_ms) == (1, 2, 60_000)
+    assert request.prompt_tokens == len("Why?")
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.stop) == (7, 0.5, ("x",))
+    assert 0 <= sampling.seed < 2**31
+
+
+def test_a_stream_in_openais_shape(path: Path) -> None:
+    chunks = list(Client(path).chat(body(stream_options={"include_usage": True})))
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    texts = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]]
+    assert "".join(texts) == "Because."
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 14
+
+
+def test_events_on_request(path: Path) -> None:
+    chunks = list(Client(path).chat(body(edgemoa={"events": True})))
+    kinds = [chunk["edgemoa"]["type"] for chunk in chunks if "edgemoa" in chunk]
+    assert kinds == ["accepted", "proposal", "answered"]
+
+
+def test_a_stream_says_something_while_nothing_happens(
+    path: Path, board: ScriptedBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.05)
+    board.script.insert(1, 0.3)
+    response = Client(path)._request("POST", "/v1/chat/completions", body(stream=True))
+    lines = response.read().split(b"\n\n")
+    assert sum(line.startswith(b":") for line in lines) >= 4
+    assert lines[-2] == b"data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "plan"),
+    [
+        ("edgemoa", {}, (1, 2)),
+        ("tiny", {}, (0, 0)),
+        ("edgemoa:M2k3", {}, (2, 3)),
+        ("edgemoa", {"layers": 3, "proposers": 4}, (3, 4)),
+        ("edgemoa:M2k3", {"proposers": 1}, (2, 1)),
+    ],
+)
+def test_plans(
+    path: Path, board: ScriptedBoard, model: str, extra: dict[str, int], plan: tuple[int, int]
+) -> None:
+    post(path, {**body(edgemoa=extra), "model": model})
+    assert (board.asked[0].layers, board.asked[0].proposers) == plan
+
+
+def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
+    turns = [
+        {"role": "developer", "content": "Brief."},
+        {"role": "user", "content": [{"type": "text", "text": "W"}, {"type": "text", "text": "y"}]},
+    ]
+    assert post(path, {"messages": turns})[0] == 200
+    assert board.asked[0].messages == (ChatMessage("system", "Brief."), ChatMessage("user", "Wy"))
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 400, "invalid_request"),
+        (b"[]", 400, "invalid_request"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "invalid_prompt"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_request"),
+        (body(""), 400, "invalid_prompt"),
+        (body("  \n"), 400, "invalid_prompt"),
+        ({"messages": []}, 400, "invalid_prompt"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_prompt"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_prompt"),
+        ({"messages": "x"}, 400, "invalid_request"),
+        (body(model="gpt-9"), 404, "model_not_found"),
+        (body(model="edgemoa:M9k9"), 400, "invalid_request"),
+        (body(max_tokens=0), 400, "invalid_request"),
+        (body(temperature=9), 400, "invalid_request"),
+        (body(n=2), 400, "invalid_request"),
+        (body(tools=[{}]), 400, "invalid_request"),
+        (body(stop=[""]), 400, "invalid_request"),
+        (body(edgemoa={"layer": 1}), 400, "invalid_request"),
+        (body(edgemoa={"layers": 99}), 400, "invalid_request"),
+        (body("x" * 100), 400, "context_length_exceeded"),
+        (body("é" * (limits.MAX_PROMPT_BYTES // 2 + 1)), 400, "invalid_prompt"),
+        (b'{"x": "' + b"y" * limits.MAX_BODY_BYTES + b'"}', 413, "invalid_request"),
+    ],
+    ids=lambda value: repr(value)[:40].encode("ascii", "replace").decode(),
+)
+def test_bad_requests(
+    path: Path, board: ScriptedBoard, data: bytes | dict[str, Any], status: int, code: str
+) -> None:
+    got, told, _ = post(path, data)
+    assert (got, told["error"]["code"]) == (status, code)
+    assert told["error"]["message"]
+    assert told["error"]["type"] == "invalid_request_error"
+    assert board.asked == []
+
+
+@pytest.mark.parametrize(
+    ("failed", "status", "error"),
+    [
+        (Failed("overloaded", "full", 2_500), 429, OverloadedError),
+        (Failed("unavailable", "stopping"), 503, BoardError),
+        (Failed("engine_failed", "broken"), 503, EngineError),
+        (Failed("deadline_exceeded", "late"), 504, DeadlineError),
+        (Failed("context_length_exceeded", "long"), 400, PromptTooLongError),
+    ],
+    ids=lambda value: getattr(value, "code", ""),
+)
+def test_refusals_and_failures(
+    path: Path, board: ScriptedBoard, failed: Failed, status: int, error: type[Exception]
+) -> None:
+    for script in ([failed], [Accepted(Granted(0, 0), 0), failed]):
+        board.script[:] = script
+        got, told, headers = post(path, body())
+        assert (got, told["error"]["code"]) == (status, failed.code)
+        assert failed.reason in told["error"]["message"]
+        assert headers.get("Retry-After") == ("3" if failed.code == "overloaded" else None)
+        with pytest.raises(error, match=failed.reason):
+            list(Client(path).chat(body()))
+
+
+def test_an_error_in_the_middle_of_a_stream_travels_in_it(path: Path, board: ScriptedBoard) -> None:
+    board.script[-1] = Failed("engine_failed", "broken")
+    heard = []
+    with pytest.raises(EngineError, match="broken"):
+        heard.extend(Client(path).chat(body()))
+    chunks = []
+    with contextlib.suppress(EngineError):
+        for chunk in Client(path).chat(body()):
+            chunks.append(chunk["choices"][0]["delta"].get("content", ""))  # noqa: PERF401
+    assert "".join(chunks) == "Because."
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_noticed(path: Path, board: ScriptedBoard, stream: bool) -> None:
+    board.script[1:] = [30.0]
+    raw = json.dumps(body(stream=stream)).encode()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(os.fspath(path))
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        )
+        sock.sendall(head.encode() + raw)
+        while not board.asked:
+            pass
+    assert board.gone_early.wait(3)
+
+
+def test_a_defect_is_hidden_from_the_client_and_its_text_from_the_log(
+    path: Path, board: ScriptedBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    def choke(*_: object) -> int:
+        raise RuntimeError("canary")
+
+    board.new_request_id = choke  # type: ignore[method-assign, assignment]
+    status, told, _ = post(path, body())
+    assert (status, told["error"]["code"]) == (500, "internal_error")
+    assert "canary" not in json.dumps(told)
+    from edgemoa.log import JsonFormatter, TextFormatter
+
+    (record,) = [r for r in caplog.records if r.name == "edgemoa.api.server"]
+    for formatter in (JsonFormatter(), TextFormatter()):
+        line = formatter.format(record)
+        assert "RuntimeError" in line
+        assert "canary" not in line
+
+
+def test_without_its_model_the_board_says_so(path: Path, board: ScriptedBoard) -> None:
+    board.engine_down = True
+    status, told, _ = post(path, body())
+    assert (status, told["error"]["code"]) == (503, "engine_failed")
+
+
+def test_the_small_ones(path: Path) -> None:
+    client = Client(path)
+    assert [m["id"] for m in client.get("/v1/models")["data"]] == ["edgemoa", "tiny"]
+    assert client.get("/v1/status") == {"ready": True}
+    assert client.get("/v1/devices")["devices"][0]["id"] == "b"
+    with pytest.raises(UserError, match="Not Found"):
+        client.get("/v1/nothing")
+    with pytest.raises(UserError, match="Method Not Allowed"):
+        client.get("/v1/chat/completions")
+
+
+def test_errors_come_back_as_what_they_were(path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        list(Client(path).chat(body(model="gpt-9")))
+    with pytest.raises(InvalidPromptError):
+        list(Client(path).chat(body("")))
+
+
+# --- the socket itself
+
+
+def start(path: Path, mode: int = 0o660) -> None:
+    async def main() -> None:
+        api = Api(ScriptedBoard(), path, mode)
+        await api.start()
+        try:
+            assert stat.S_IMODE(os.stat(path).st_mode) == mode  # noqa: PTH116
+        finally:
+            await api.stop()
+
+    asyncio.run(main())
+
+
+def test_the_socket_has_its_mode_and_is_taken_away(tmp_path: Path) -> None:
+    start(tmp_path / "new" / "api.sock", 0o600)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(os.fspath(path))
+    start(path)
+
+
+def test_a_socket_in_use_is_left_alone(path: Path) -> None:
+    with pytest.raises(AddressInUseError, match="another edgemoa"):
+        start(path)
+    assert Client(path).get("/v1/status")
+
+
+def test_what_is_not_a_socket_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "precious"
+    file.write_text("x")
+    with pytest.raises(AddressInUseError):
+        start(file)
+    assert file.read_text() == "x"
+
+
+def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="107"):
+        start(tmp_path / ("x" * 100) / "api.sock")
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachableError) as caught:
+        Client(tmp_path / "none.sock").get("/v1/status")
+    assert "serve" in caught.value.hint

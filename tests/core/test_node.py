@@ -1,0 +1,573 @@
+"""One board's behaviour, event by event: what goes in, what comes out."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+
+from edgemoa.core import limits
+from edgemoa.core.events import (
+    Accepted,
+    Aggregating,
+    Answered,
+    Effect,
+    EngineInfo,
+    Failed,
+    LayerStarted,
+    ProposerLeftOut,
+    Request,
+    RequestEvent,
+    Send,
+    StartWork,
+    StopWork,
+    Tell,
+    Text,
+    WorkDone,
+    WorkFailed,
+)
+from edgemoa.core.membership import GONE_AFTER_MS, HEARTBEAT_MS
+from edgemoa.core.messages import (
+    Alive,
+    BoardId,
+    Cancel,
+    ChatMessage,
+    Declined,
+    Leave,
+    Message,
+    Proposal,
+    Propose,
+    Queued,
+    Sampling,
+)
+from edgemoa.core.node import Node, NodeSettings
+
+ME, B, C, D = (BoardId(x) for x in ("me", "bb", "cc", "dd"))
+ENGINE = EngineInfo("tiny", 2048, slots=1)
+WHY = (ChatMessage("user", "Why?"),)
+T = TypeVar("T")
+
+
+class Rig:
+    """A node with a clock; the effects of each call are kept sorted by kind."""
+
+    def __init__(self, *peers: BoardId, **settings: Any) -> None:
+        self.now = 1_000
+        self.node = Node(ME, NodeSettings(name="me", boot=1, **settings), Random(1))
+        self.sent: list[tuple[BoardId, Message]] = []
+        self.started: list[StartWork] = []
+        self.stopped: list[int] = []
+        self.told: list[RequestEvent] = []
+        for peer in peers:
+            self.take(self.node.pair(peer, peer, self.now))
+        self.take(self.node.engine_is_ready(ENGINE, self.now))
+        for peer in peers:
+            self.hear(peer)
+        self.clear()
+
+    def take(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(to=to, message=message):
+                    self.sent.append((to, message))
+                case StartWork():
+                    self.started.append(effect)
+                case StopWork(job_id=job_id):
+                    self.stopped.append(job_id)
+                case Tell(event=event):
+                    self.told.append(event)
+
+    def clear(self) -> None:
+        self.sent, self.started, self.stopped, self.told = [], [], [], []
+
+    def hear(self, peer: BoardId, sequence: int = 1, boot: int = 1, waiting: int = 0) -> None:
+        alive = Alive(boot, sequence, peer, True, "tiny", waiting, 0, 0)
+        self.take(self.node.receive(peer, alive, self.now))
+
+    def ask(
+        self,
+        layers: int = 1,
+        proposers: int = 2,
+        name: str = "request-1",
+        deadline_ms: int = 60_000,
+    ) -> None:
+        request = Request(name, WHY, 10, layers, proposers, Sampling(max_tokens=64), deadline_ms)
+        self.take(self.node.submit(request, self.now))
+
+    def done(self, text: str = "own", work_ms: int = 500, index: int = -1) -> None:
+        job_id = self.started[index].job.job_id
+        done = WorkDone(text, "stop", 10, len(text), work_ms // 2, work_ms - work_ms // 2)
+        self.take(self.node.finished(job_id, done, self.now))
+
+    def propose(self, peer: BoardId, text: str = "theirs", layer: int = 1) -> None:
+        proposal = Proposal("request-1", layer, text, "tiny", 10, 5, 3, 7, "stop")
+        self.take(self.node.receive(peer, proposal, self.now))
+
+    def messages(self, kind: type[T]) -> list[tuple[BoardId, T]]:
+        return [(to, message) for to, message in self.sent if isinstance(message, kind)]
+
+    def events(self, kind: type[T]) -> list[T]:
+        return [event for event in self.told if isinstance(event, kind)]
+
+    def one(self, kind: type[T]) -> T:
+        (event,) = self.events(kind)
+        return event
+
+    def tick(self, later_ms: int, *heard: BoardId) -> None:
+        self.now += later_ms
+        for peer in heard:
+            self.hear(peer, sequence=self.now)
+        self.take(self.node.tick(self.now))
+
+
+def test_algorithm_1_with_one_layer() -> None:
+    rig = Rig(B, C)
+    rig.ask()
+    assert rig.one(Accepted).granted.proposers == 2
+    assert set(rig.one(LayerStarted).boards) == {"me", "bb", "cc"}
+    asked = rig.messages(Propose)
+    assert {to for to, _ in asked} == {B, C}
+    assert all(ask.messages == WHY and ask.layer == 1 for _, ask in asked)
+    assert all(ask.sampling.temperature == 0.7 for _, ask in asked)
+    assert asked[0][1].sampling.seed != asked[1][1].sampling.seed
+    own = rig.started[0].job
+    assert own.messages == WHY
+    assert own.sampling.temperature == 0  # the owner's own proposal is greedy
+    rig.propose(C, "see")
+    rig.done("mine")
+    assert not rig.events(Aggregating)
+    rig.propose(B, "bee")
+    assert rig.one(Aggregating).proposals == 3
+    aggregation = rig.started[1].job
+    text = aggregation.messages[-1].content
+    assert text.index("see") < text.index("mine") < text.index("bee")
+    rig.take(rig.node.wrote(aggregation.job_id, "Beca", rig.now))
+    rig.take(rig.node.wrote(aggregation.job_id, "use.", rig.now))
+    rig.done("Because.")
+    answered = rig.one(Answered)
+    assert "".join(event.text for event in rig.events(Text)) == answered.text == "Because."
+    assert [p.board for p in answered.proposals] == ["cc", "me", "bb"]
+    assert answered.left_out == ()
+    assert rig.node.idle
+
+
+def test_two_layers_feed_each_other() -> None:
+    rig = Rig(B, C)
+    rig.ask(layers=2, proposers=1)
+    ((peer, first),) = rig.messages(Propose)
+    rig.propose(peer, "first")
+    rig.done("mine")
+    second = rig.messages(Propose)[1][1]
+    assert (second.layer, first.layer) == (2, 1)
+    assert "first" in second.messages[-1].content
+    assert "mine" in second.messages[-1].content
+    other = rig.messages(Propose)[1][0]
+    rig.propose(peer, "late repeat of layer 1")
+    rig.propose(other, "second", layer=2)
+    rig.done("mine too")
+    text = rig.started[-1].job.messages[-1].content
+    assert "second" in text
+    assert "mine too" in text
+    assert "first" not in text
+    rig.done("Answer")
+    assert [p.layer for p in rig.one(Answered).proposals] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("layers", "proposers"), [(0, 2), (1, 0), (0, 0)])
+def test_a_plan_without_peers_is_the_board_alone(layers: int, proposers: int) -> None:
+    rig = Rig(B)
+    rig.ask(layers, proposers)
+    assert rig.messages(Propose) == []
+    assert rig.started[0].job.messages == WHY
+    assert rig.started[0].job.stream
+    rig.done("alone")
+    assert rig.one(Answered).text == "alone"
+
+
+def test_fewer_peers_than_asked_for_is_said() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=5)
+    granted = rig.one(Accepted).granted
+    assert granted.proposers == 1
+    assert "5" in granted.why
+    rig = Rig()
+    rig.ask(proposers=2)
+    granted = rig.one(Accepted).granted
+    assert (granted.layers, granted.proposers) == (0, 0)
+    assert granted.why
+
+
+def test_peers_are_picked_uniformly() -> None:
+    picked = {B: 0, C: 0, D: 0}
+    rig = Rig(B, C, D)
+    for _ in range(600):
+        rig.clear()
+        rig.ask(proposers=1)
+        picked[rig.messages(Propose)[0][0]] += 1
+        rig.take(rig.node.cancel("request-1", rig.now))
+    assert all(150 < n < 250 for n in picked.values())  # 200 +- 4 standard deviations
+
+
+def test_a_peer_that_declines_is_replaced_while_there_is_another() -> None:
+    rig = Rig(B, C)
+    rig.ask(proposers=1)
+    first, _ = rig.messages(Propose)[0]
+    rig.take(rig.node.receive(first, Declined("request-1", 1, "full", 500), rig.now))
+    assert rig.one(ProposerLeftOut).left_out.reason == "full"
+    second, _ = rig.messages(Propose)[1]
+    assert second != first
+    rig.take(rig.node.undelivered(second, rig.messages(Propose)[1][1], rig.now))
+    assert len(rig.messages(Propose)) == 2  # nobody is left to ask
+    rig.done("mine")
+    answered = rig.one(Answered)  # the owner's own proposal is the answer, not rewritten
+    assert answered.text == "mine"
+    assert answered.note
+    assert [out.board for out in answered.left_out] == [first, second]
+
+
+def test_a_layer_goes_on_at_its_deadline_and_calls_off_the_late() -> None:
+    rig = Rig(B, C, layer_deadline_ms=5_000)
+    rig.ask()
+    rig.done("mine")
+    rig.propose(B)
+    rig.tick(4_999, B, C)
+    assert not rig.events(Aggregating)
+    rig.tick(1, B, C)
+    assert [o.left_out.reason for o in rig.events(ProposerLeftOut)] == ["too late"]
+    assert rig.messages(Cancel) == [(C, Cancel("request-1", 1))]
+    assert rig.one(Aggregating).proposals == 2
+    rig.propose(C, "after all")
+    rig.done("Answer")
+    assert len(rig.one(Answered).proposals) == 2
+
+
+def test_the_owners_own_proposal_can_be_late_too() -> None:
+    rig = Rig(B, layer_deadline_ms=5_000)
+    rig.ask(proposers=1)
+    own = rig.started[0].job.job_id
+    rig.propose(B)
+    rig.tick(5_000, B)
+    assert rig.stopped == [own]
+    assert "theirs" in rig.started[-1].job.messages[-1].content
+    rig.take(rig.node.finished(own, WorkDone("late", "stop", 1, 1, 1, 1), rig.now))
+    assert not rig.events(Answered)
+
+
+def test_a_quorum_is_enough() -> None:
+    rig = Rig(B, C, quorum=2)
+    rig.ask()
+    rig.propose(B)
+    rig.done("mine")
+    assert rig.one(Aggregating).proposals == 2
+    assert rig.messages(Cancel) == [(C, Cancel("request-1", 1))]
+
+
+@pytest.mark.parametrize("how", ["leave", "silence", "restart", "unpair"])
+def test_a_dead_peer_never_hangs_a_prompt(how: str) -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1)
+    rig.done("mine")
+    match how:
+        case "leave":
+            rig.take(rig.node.receive(B, Leave(1), rig.now))
+        case "silence":
+            rig.tick(GONE_AFTER_MS)
+        case "restart":
+            rig.hear(B, boot=2)
+        case "unpair":
+            rig.take(rig.node.unpair(B, rig.now))
+    assert rig.one(Answered).text == "mine"
+    assert rig.one(ProposerLeftOut).left_out.board == "bb"
+
+
+def test_an_empty_proposal_is_left_out_not_passed_on() -> None:
+    rig = Rig(B, C)
+    rig.ask()
+    rig.propose(B, "<think>what now</think>")
+    rig.propose(C, "something")
+    rig.done("mine")
+    assert rig.one(ProposerLeftOut).left_out.reason == "wrote nothing"
+    assert rig.one(Aggregating).proposals == 2
+
+
+def test_the_deadline_gives_the_best_at_hand() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, deadline_ms=10_000)
+    rig.done("mine")
+    rig.propose(B)
+    rig.tick(10_000, B)
+    answered = rig.one(Answered)
+    assert answered.text == "mine"
+    assert "deadline" in answered.note
+    assert len(rig.stopped) == 1
+    assert rig.node.idle
+
+
+def test_the_deadline_keeps_what_has_been_told() -> None:
+    rig = Rig()
+    rig.ask(0, 0, deadline_ms=10_000)
+    rig.take(rig.node.wrote(rig.started[0].job.job_id, "Because", rig.now))
+    rig.tick(10_000)
+    answered = rig.one(Answered)
+    assert (answered.text, answered.finish) == ("Because", "deadline")
+
+
+def test_the_deadline_with_nothing_is_an_error() -> None:
+    rig = Rig()
+    rig.ask(0, 0, deadline_ms=10_000)
+    rig.tick(10_000)
+    assert rig.one(Failed).code == "deadline_exceeded"
+
+
+def test_own_prompts_are_bounded_and_the_refusal_says_when() -> None:
+    rig = Rig(own_requests=2)
+    for i in range(3):
+        rig.ask(name=f"request-{i}")
+    failed = rig.one(Failed)
+    assert failed.code == "overloaded"
+    assert failed.retry_after_ms >= 1_000
+    assert len(rig.node.runs) == 2
+
+
+def test_a_used_request_id_is_a_defect_of_the_caller() -> None:
+    rig = Rig()
+    rig.ask()
+    with pytest.raises(ValueError, match="used once"):
+        rig.ask()
+
+
+def test_the_client_going_away_stops_everything() -> None:
+    rig = Rig(B, C)
+    rig.ask()
+    rig.take(rig.node.cancel("request-1", rig.now))
+    assert rig.stopped == [rig.started[0].job.job_id]
+    assert {to for to, _ in rig.messages(Cancel)} == {B, C}
+    assert rig.node.idle
+    rig.take(rig.node.cancel("request-1", rig.now))  # harmless
+
+
+# --- as a proposer
+
+
+def proposal_for(peer: BoardId, name: str = "request-9", layer: int = 1) -> Propose:
+    return Propose(name, layer, WHY, Sampling(max_tokens=32), 30_000)
+
+
+def test_a_peers_job_is_queued_done_and_answered() -> None:
+    rig = Rig(B)
+    rig.ask(0, 0)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    assert rig.messages(Queued)[0][1].position == 1
+    rig.now += 100
+    rig.done("own answer")
+    rig.now += 400
+    rig.done("for bee", work_ms=400)
+    ((to, proposal),) = rig.messages(Proposal)
+    assert to == B
+    assert (proposal.text, proposal.queue_ms, proposal.work_ms) == ("for bee", 100, 400)
+
+
+def test_a_repeated_question_is_not_computed_again() -> None:
+    rig = Rig(B)
+    for _ in range(2):
+        rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    assert len(rig.started) == 1
+    assert len(rig.messages(Queued)) == 2
+    rig.done("once")
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    assert len(rig.started) == 1
+    assert [m.text for _, m in rig.messages(Proposal)] == ["once", "once"]
+
+
+def test_called_off_work_stops_and_is_not_begun_again() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.take(rig.node.receive(B, Cancel("request-9", 1), rig.now))
+    assert rig.stopped == [rig.started[0].job.job_id]
+    rig.take(rig.node.receive(B, Cancel("request-8", 1), rig.now))  # overtakes its question
+    rig.take(rig.node.receive(B, proposal_for(B, "request-8"), rig.now))
+    assert len(rig.started) == 1
+    assert rig.node.idle
+
+
+def test_peers_jobs_are_bounded_and_so_is_their_prompt() -> None:
+    rig = Rig(B, peer_jobs=2)
+    for i in range(3):
+        rig.take(rig.node.receive(B, proposal_for(B, f"request-{i}"), rig.now))
+    assert rig.node.peer_jobs() == 2
+    assert "full" in rig.messages(Declined)[0][1].reason
+    rig = Rig(B)
+    large = (ChatMessage("user", "x" * limits.MAX_PROMPT_BYTES), *WHY)
+    rig.take(rig.node.receive(B, Propose("request-9", 1, large, Sampling(), 1_000), rig.now))
+    assert "too large" in rig.messages(Declined)[0][1].reason
+
+
+def test_a_full_queue_of_peers_does_not_keep_the_owner_out() -> None:
+    rig = Rig(B, peer_jobs=2)
+    for i in range(3):
+        rig.take(rig.node.receive(B, proposal_for(B, f"request-{i}"), rig.now))
+    rig.ask(0, 0)
+    assert rig.one(Accepted).position == 2
+
+
+def test_a_dead_owners_work_stops() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.tick(GONE_AFTER_MS)
+    assert rig.stopped == [rig.started[0].job.job_id]
+
+
+def test_work_that_is_too_late_is_dropped_without_a_word() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.tick(30_000, B)
+    assert len(rig.stopped) == 1
+    assert rig.messages(Proposal) == []
+    assert rig.messages(Declined) == []
+
+
+def test_an_orphaned_job_is_called_off() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.receive(B, Queued("request-of-last-boot", 1, 0, 0), rig.now))
+    assert rig.messages(Cancel) == [(B, Cancel("request-of-last-boot", 1))]
+
+
+def test_a_stranger_is_not_listened_to() -> None:
+    rig = Rig()
+    rig.take(rig.node.receive(D, proposal_for(D), rig.now))
+    assert (rig.sent, rig.started) == ([], [])
+
+
+# --- the engine fails
+
+
+def test_what_the_model_died_on_is_tried_once_more() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.take(rig.node.engine_is_lost(rig.now))
+    assert len(rig.started) == 1
+    rig.take(rig.node.engine_is_ready(ENGINE, rig.now))
+    assert len(rig.started) == 2
+    rig.take(rig.node.engine_is_lost(rig.now))
+    assert "died" in rig.messages(Declined)[0][1].reason
+    rig.take(rig.node.engine_is_ready(ENGINE, rig.now))
+    assert len(rig.started) == 2
+
+
+def test_a_stream_goes_on_where_it_was_after_the_model_died() -> None:
+    rig = Rig()
+    rig.ask(0, 0)
+    rig.take(rig.node.wrote(rig.started[0].job.job_id, "Because of", rig.now))
+    rig.take(rig.node.engine_is_lost(rig.now))
+    rig.take(rig.node.engine_is_ready(ENGINE, rig.now))
+    again = rig.started[1].job.job_id
+    for piece in ("Beca", "use of th", "e air"):
+        rig.take(rig.node.wrote(again, piece, rig.now))
+    rig.done("Because of the air.")
+    assert "".join(t.text for t in rig.events(Text)) == rig.one(Answered).text
+
+
+def test_a_stream_that_would_change_what_was_told_fails() -> None:
+    rig = Rig()
+    rig.ask(0, 0)
+    rig.take(rig.node.wrote(rig.started[0].job.job_id, "Because of", rig.now))
+    rig.take(rig.node.engine_is_lost(rig.now))
+    rig.take(rig.node.engine_is_ready(ENGINE, rig.now))
+    rig.done("Since the air")
+    assert rig.one(Failed).code == "engine_failed"
+    assert "".join(t.text for t in rig.events(Text)) == "Because of"
+
+
+def test_an_aggregation_that_fails_gives_a_proposal_instead() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1)
+    rig.done("mine")
+    rig.propose(B)
+    rig.take(rig.node.failed(rig.started[-1].job.job_id, WorkFailed("broken"), rig.now))
+    answered = rig.one(Answered)
+    assert answered.text == "mine"
+    assert "broken" in answered.note
+
+
+def test_an_aggregation_over_the_context_is_tried_with_less() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1)
+    rig.done("mine " * 200)
+    rig.propose(B, "theirs " * 200)
+    lengths = []
+    for _ in range(3):
+        job = rig.started[-1].job
+        lengths.append(len(job.messages[-1].content))
+        rig.take(rig.node.failed(job.job_id, WorkFailed("too long", code="context"), rig.now))
+    assert lengths == sorted(lengths, reverse=True)
+    rig.done("Answer")
+    assert rig.one(Answered).text == "Answer"
+
+
+def test_a_prompt_over_the_context_is_an_error_of_its_own() -> None:
+    rig = Rig()
+    rig.ask(0, 0)
+    job_id = rig.started[0].job.job_id
+    rig.take(rig.node.failed(job_id, WorkFailed("too long", code="context"), rig.now))
+    assert rig.one(Failed).code == "context_length_exceeded"
+
+
+def test_nothing_is_taken_from_peers_while_the_model_is_away() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.engine_is_lost(rig.now))
+    assert not rig.messages(Alive)[-1][1].accepting
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    assert rig.messages(Declined)[0][1].reason
+
+
+# --- coming and going
+
+
+def test_heartbeats_and_no_echo_of_them() -> None:
+    rig = Rig(B, C)
+    rig.tick(HEARTBEAT_MS)
+    assert {to for to, _ in rig.messages(Alive)} == {B, C}
+    sequences = [alive.sequence for _, alive in rig.messages(Alive)]
+    rig.clear()
+    rig.hear(B, sequence=9)
+    assert rig.sent == []
+    rig.tick(HEARTBEAT_MS)
+    assert rig.messages(Alive)[0][1].sequence > max(sequences)
+    assert rig.node.next_deadline_ms() <= rig.now + HEARTBEAT_MS
+
+
+def test_draining_hands_back_what_has_not_begun_and_finishes_the_rest() -> None:
+    rig = Rig(B)
+    rig.ask(0, 0)
+    for name in ("request-8", "request-9"):
+        rig.take(rig.node.receive(B, proposal_for(B, name), rig.now))
+    rig.take(rig.node.drain(rig.now))
+    assert [d.request_id for _, d in rig.messages(Declined)] == ["request-8", "request-9"]
+    assert not rig.messages(Alive)[-1][1].accepting
+    rig.ask(name="request-2")
+    assert rig.one(Failed).code == "unavailable"
+    rig.done("finished")
+    assert rig.one(Answered).text == "finished"
+    assert rig.node.idle
+    rig.take(rig.node.stop(rig.now))
+    assert rig.messages(Leave) == [(B, Leave(1))]
+
+
+def test_stopping_gives_everyone_a_last_word() -> None:
+    rig = Rig(B, C)
+    rig.ask()
+    rig.done("mine")
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.take(rig.node.stop(rig.now))
+    assert rig.one(Answered).text == "mine"  # better than nothing
+    assert [d.request_id for _, d in rig.messages(Declined)] == ["request-9"]
+    assert {to for to, _ in rig.messages(Leave)} == {B, C}
+    assert rig.node.idle
+
+
+def test_bounded_memory_of_results() -> None:
+    rig = Rig(B)
+    for i in range(limits.MAX_REMEMBERED_RESULTS + 50):
+        rig.take(rig.node.receive(B, Cancel(f"request-{i}", 1), rig.now))
+    assert len(rig.node._results) == limits.MAX_REMEMBERED_RESULTS
