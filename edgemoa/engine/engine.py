@@ -1,0 +1,355 @@
+"""The daemon's handle on its model process: starts it, talks to it, replaces it when it dies.
+
+Nothing here imports onnxruntime, and nothing here waits for the model: what the model process
+says arrives as calls of :class:`EngineEvents`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
+from edgemoa.core.messages import ChatMessage
+from edgemoa.engine import frames
+from edgemoa.errors import EngineError, InvalidPromptError
+
+log = logging.getLogger(__name__)
+
+HANG_S: Final = 120.0  # without a word while there is work; a word comes after each model step
+LOAD_S: Final = 600.0  # for a large model from a slow card
+FIRST_DELAY_S: Final = 0.25
+MAX_DELAY_S: Final = 30.0
+SETTLED_S: Final = 60.0  # a process that was ready for so long starts the delays anew
+GRACE_S: Final = 1.0  # for a process to end by itself
+
+_READ_BYTES: Final = 65536
+_MAX_LOG_BYTES: Final = 65536  # of one process
+_KEPT_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
+
+
+class EngineEvents(Protocol):
+    """Whom the engine reports to. Called in the event loop; must not block."""
+
+    def on_ready(self, info: EngineInfo) -> None:
+        """The model is loaded: at the start, and again after each loss."""
+
+    def on_lost(self, reason: str) -> None:
+        """The model process died, hung or could not load. Its jobs are gone; another process
+        follows by itself. ``reason`` is a sentence for the user, with what to do where known."""
+
+    def on_text(self, job_id: int, text: str) -> None:
+        """The next piece of a job with ``stream``."""
+
+    def on_done(self, job_id: int, result: WorkDone) -> None:
+        """The job's result."""
+
+    def on_failed(self, job_id: int, failure: WorkFailed) -> None:
+        """The job could not be done; the process goes on."""
+
+
+class Engine:
+    """One model process at a time.
+
+    ``pid`` is the process's, None while there is none. ``restarts`` counts the processes after the
+    first. ``hang_s``, ``load_s`` and ``settled_s`` replace the constants above.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model_name: str,
+        threads: int,
+        events: EngineEvents,
+        *,
+        hang_s: float = HANG_S,
+        load_s: float = LOAD_S,
+        settled_s: float = SETTLED_S,
+    ) -> None:
+        self.pid: int | None = None
+        self.restarts = 0
+        self._model_dir = model_dir
+        self._model_name = model_name
+        self._threads = threads
+        self._events = events
+        self._hang_s = hang_s
+        self._load_s = load_s
+        self._settled_s = settled_s
+        self._keeper: asyncio.Task[None] | None = None
+        self._stdin: asyncio.StreamWriter | None = None  # of the process, while there is one
+        self._ready_at: float | None = None  # loop time
+        self._jobs: set[int] = set()
+        self._calls: dict[int, asyncio.Future[int]] = {}
+        self._last_call = 0
+        self._quiet_s = 0.0  # since the last word of a process that has something to do
+        self._verdict = ""  # why the process is about to end, where that is known
+
+    async def start(self) -> None:
+        """Start the model process; ``on_ready`` follows.
+
+        Raises :class:`EngineError` where not even the process can be started.
+        """
+        try:
+            process = await self._spawn()
+        except OSError as error:
+            raise EngineError(f"The model process cannot be started: {error.strerror}.") from error
+        self._keeper = asyncio.create_task(self._keep(process), name="engine")
+        self._keeper.add_done_callback(_report_failure)
+
+    async def stop(self) -> None:
+        """End the model process and wait until it is gone; jobs are dropped without a word."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.wait({keeper})
+
+    def work(self, job: Job) -> None:
+        """Hand over a job; jobs beyond the process's slots wait there in order.
+
+        Every way to fail is an event, never from inside this call: ``on_failed`` where there is no
+        process or the process could not take such a prompt, ``on_lost`` where it dies with it.
+        """
+        frame = frames.Generate(job.job_id, job.messages, job.sampling, job.stream)
+        self._jobs.add(job.job_id)
+        try:
+            self._send(frame)
+        except (EngineError, InvalidPromptError) as error:
+            failure = frames.Failed(job.job_id, WorkFailed(str(error)))
+            asyncio.get_running_loop().call_soon(self._handle, failure)
+
+    def cancel(self, job_id: int) -> None:
+        """Drop a job; nothing more is reported of it. Nothing where there is no such job."""
+        if job_id in self._jobs:
+            self._jobs.discard(job_id)
+            with suppress(EngineError):  # down, and the job with it
+                self._send(frames.Cancel(job_id))
+
+    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+        """Count a conversation's tokens, chat template included; waits while the model loads.
+
+        Raises :class:`EngineError` while there is no process or when it dies meanwhile, and
+        :class:`InvalidPromptError` for a conversation that the model's template refuses, that is
+        too large, or that is not Unicode.
+        """
+        self._last_call += 1
+        call_id = self._last_call
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._send(frames.Measure(call_id, messages))
+        self._calls[call_id] = answer
+        try:
+            return await answer
+        finally:
+            self._calls.pop(call_id, None)
+
+    # --- the life of the processes
+
+    async def _keep(self, process: Process) -> None:
+        """Keep a model process running, until cancelled."""
+        loop = asyncio.get_running_loop()
+        delay_s = FIRST_DELAY_S
+        try:
+            while True:
+                reason = await self._attend(process)
+                if self._ready_at is not None and loop.time() - self._ready_at >= self._settled_s:
+                    delay_s = FIRST_DELAY_S
+                self._lose(reason)
+                while True:
+                    log.info("model process starts again in %.2f s", delay_s)
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, MAX_DELAY_S)
+                    self.restarts += 1
+                    try:
+                        process = await self._spawn()
+                        break
+                    except OSError as error:
+                        self._lose(f"The model process cannot be started: {error.strerror}.")
+        finally:
+            self._forget("The engine was stopped.")
+
+    async def _spawn(self) -> Process:
+        package_dir = Path(__file__).parents[2]  # so that the child runs this very code
+        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # nothing from whatever folder the daemon was started in
+            *("-m", "edgemoa.engine.worker"),
+            str(self._model_dir.absolute()),
+            *("--threads", str(self._threads)),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            cwd="/",
+            env=environment | {"PYTHONPATH": str(package_dir)},
+            start_new_session=True,  # signals from the terminal are the daemon's to act on
+        )
+        self.pid = process.pid
+        self._stdin = process.stdin
+        self._ready_at = None
+        self._quiet_s = 0.0
+        self._verdict = ""
+        return process
+
+    async def _attend(self, process: Process) -> str:
+        """Listen to a process until its end; returns why it ended. Leaves nothing of it behind."""
+        assert process.stderr is not None  # noqa: S101 - by how it was spawned
+        async with asyncio.TaskGroup() as helpers:
+            watch = helpers.create_task(self._watch(process))
+            helpers.create_task(_log_lines(process.stderr))
+            try:
+                await self._listen(process)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(GRACE_S):
+                        await process.wait()
+                return self._verdict or self._why(process.returncode)
+            finally:
+                self.pid, self._stdin = None, None
+                watch.cancel()
+                await _end(process)
+
+    async def _listen(self, process: Process) -> None:
+        """Pass on what the process says until it closes its end, or says what nobody understands"""
+        assert process.stdout is not None  # noqa: S101 - by how it was spawned
+        reader = frames.event_reader()
+        while data := await process.stdout.read(_READ_BYTES):
+            try:
+                events = reader.feed(data)
+            except EngineError as error:
+                self._verdict = str(error)
+                return
+            for event in events:
+                self._handle(event)
+
+    async def _watch(self, process: Process) -> None:
+        """Kill a process that has something to do and says nothing for too long.
+
+        Counts its own wake-ups instead of reading a clock: a daemon that was itself suspended has
+        not heard anything either.
+        """
+        tick_s = min(self._hang_s, self._load_s) / 8
+        while True:
+            await asyncio.sleep(tick_s)
+            loading = self._ready_at is None
+            busy = loading or self._jobs or self._calls
+            self._quiet_s = self._quiet_s + tick_s if busy else 0.0
+            if self._quiet_s >= (self._load_s if loading else self._hang_s):
+                doing = "loading the model" if loading else "at work"
+                self._verdict = (
+                    f"The model process said nothing for {self._quiet_s:.0f} s while {doing}"
+                    " and was ended."
+                )
+                with suppress(ProcessLookupError):
+                    process.kill()
+
+    def _lose(self, reason: str) -> None:
+        log.warning("model process lost: %s", reason)
+        self._forget(reason)
+        self._events.on_lost(reason)
+
+    def _forget(self, reason: str) -> None:
+        """Nothing that was handed to the process will be answered any more."""
+        self._ready_at = None
+        self._jobs.clear()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineError(reason))
+        self._calls.clear()
+
+    def _why(self, returncode: int | None) -> str:
+        doing = "while loading the model" if self._ready_at is None else "at work"
+        if returncode is None:
+            return "The model process closed its pipe and was ended."
+        if returncode >= 0:
+            return f"The model process ended {doing}, with status {returncode}."
+        try:
+            name = signal.Signals(-returncode).name
+        except ValueError:  # a real-time signal
+            name = f"signal {-returncode}"
+        advice = (
+            " If the board is out of memory, use a smaller model."
+            if -returncode == signal.SIGKILL
+            else ""
+        )
+        return f"The model process was ended by {name} {doing}.{advice}"
+
+    # --- what is said
+
+    def _send(self, op: frames.Op) -> None:
+        if self._stdin is None or self._stdin.is_closing():
+            raise EngineError(
+                "The model process is down; it is being started again.",
+                hint="Try again in a moment; the daemon's log says why it ended.",
+            )
+        self._stdin.write(frames.encode_op(op))
+
+    def _handle(self, event: frames.Event) -> None:
+        self._quiet_s = 0.0
+        match event:
+            case frames.Ready(context_tokens, slots, load_ms):
+                log.info("model loaded in %d ms, context of %d tokens", load_ms, context_tokens)
+                self._ready_at = asyncio.get_running_loop().time()
+                self._events.on_ready(EngineInfo(self._model_name, context_tokens, slots))
+            case frames.Broken(reason):
+                self._verdict = reason
+            case frames.Text(job_id, text):
+                if job_id in self._jobs:
+                    self._events.on_text(job_id, text)
+            case frames.Done(job_id, result):
+                if job_id in self._jobs:
+                    self._jobs.discard(job_id)
+                    self._events.on_done(job_id, result)
+            case frames.Failed(job_id, failure):
+                if job_id in self._jobs:
+                    self._jobs.discard(job_id)
+                    self._events.on_failed(job_id, failure)
+            case frames.Measured(call_id, tokens, refused):
+                answer = self._calls.get(call_id)
+                if answer is None or answer.done():
+                    return
+                if refused:
+                    answer.set_exception(InvalidPromptError(refused))
+                else:
+                    answer.set_result(tokens)
+            case frames.Progress():
+                pass
+
+
+async def _end(process: Process) -> None:
+    """End a process, by force if need be, and reap it."""
+    if process.stdin is not None:
+        process.stdin.close()
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.terminate()
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await process.wait()
+    finally:  # also when the engine is stopped just now
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+async def _log_lines(stream: asyncio.StreamReader) -> None:
+    """Log what the process and its libraries print, the first part of it, until they end."""
+    room = _MAX_LOG_BYTES
+    while data := await stream.read(_READ_BYTES):
+        for line in data[:room].decode(errors="replace").splitlines():
+            log.debug("model process: %s", line)
+        room -= min(room, len(data))
+
+
+def _report_failure(task: asyncio.Task[None]) -> None:
+    """A keeper that fails is a bug, here or in what the events call; nobody awaits it, so say so"""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler(
+            {"message": "the model process is no longer looked after", "exception": error}
+        )

@@ -1,0 +1,175 @@
+"""What the daemon and its model process say to each other: msgpack in length-prefixed frames.
+
+A frame is its length (u32, big-endian) and one tagged map. It travels over a pipe between a
+parent and its child, so there is no version in it; but a child that crashes can leave anything
+behind, so both sides check what they read against these types and against
+``limits.MAX_WORKER_FRAME_BYTES``.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Generic, TypeAlias, TypeVar
+
+import msgspec
+
+from edgemoa.core import limits
+from edgemoa.core.events import WorkDone, WorkFailed
+from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.errors import EngineError, InvalidPromptError
+
+_LENGTH_BYTES: Final = 4
+
+
+# --- from the daemon
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Take a job. Jobs beyond the worker's slots wait in the worker, in order."""
+
+    job_id: int
+    messages: tuple[ChatMessage, ...]
+    sampling: Sampling
+    stream: bool  # report text as it is written
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Drop a job, waiting or running. Nothing where there is no such job."""
+
+    job_id: int
+
+
+class Measure(msgspec.Struct, frozen=True, tag="measure"):
+    """Count the tokens of a conversation, chat template included."""
+
+    call_id: int
+    messages: tuple[ChatMessage, ...]
+
+
+Op: TypeAlias = Generate | Cancel | Measure
+
+
+# --- from the model process
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded. Said once."""
+
+    context_tokens: int
+    slots: int
+    load_ms: int
+
+
+class Broken(msgspec.Struct, frozen=True, tag="broken"):
+    """The model cannot be loaded; the process ends."""
+
+    reason: str
+
+
+class Text(msgspec.Struct, frozen=True, tag="text"):
+    """The next piece of a streamed job: whole characters, never part of a stop string."""
+
+    job_id: int
+    text: str
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The last word on a job: its result."""
+
+    job_id: int
+    result: WorkDone
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The last word on a job: it could not be done."""
+
+    job_id: int
+    failure: WorkFailed
+
+
+class Measured(msgspec.Struct, frozen=True, tag="measured"):
+    """The answer to :class:`Measure`; ``refused`` says why there is none."""
+
+    call_id: int
+    tokens: int
+    refused: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """A model step was finished. Said now and then between steps, by the thread that makes them."""
+
+
+Event: TypeAlias = Ready | Broken | Text | Done | Failed | Measured | Progress
+
+T = TypeVar("T")
+
+_OPS: Final = msgspec.msgpack.Decoder(Op)
+_EVENTS: Final = msgspec.msgpack.Decoder(Event)
+
+
+def encode(frame: Op | Event) -> bytes:
+    """The frame's bytes, length first. Raises :class:`EngineError` for a frame over the limit."""
+    body = msgspec.msgpack.encode(frame)
+    if len(body) > limits.MAX_WORKER_FRAME_BYTES:
+        raise EngineError(
+            f"A message of {len(body)} bytes is too large for the model process"
+            f" (limit {limits.MAX_WORKER_FRAME_BYTES})."
+        )
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def encode_op(op: Op) -> bytes:
+    """As :func:`encode`, for a frame with a prompt in it: what the other side would not take is
+    refused here, where it costs only this prompt.
+
+    Raises :class:`InvalidPromptError` for a message over its limits and for text that is not
+    Unicode (a lone surrogate).
+    """
+    try:
+        data = encode(op)
+        _OPS.decode(memoryview(data)[_LENGTH_BYTES:])
+    except UnicodeEncodeError:  # quotes the text
+        raise InvalidPromptError("The prompt holds text that is not valid Unicode.") from None
+    except (EngineError, msgspec.ValidationError):
+        raise InvalidPromptError("The prompt is too large for the model process.") from None
+    return data
+
+
+class FrameReader(Generic[T]):
+    """Turns a stream of bytes into frames of one direction's type."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[T]) -> None:
+        self._decoder = decoder
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[T]:
+        """The frames that ``data`` completes.
+
+        Raises :class:`EngineError` at the first frame that is too large or not of the type; the
+        stream is of no use after that.
+        """
+        self._buffer += data
+        frames = []
+        while len(self._buffer) >= _LENGTH_BYTES:
+            length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "big")
+            if length > limits.MAX_WORKER_FRAME_BYTES:
+                raise EngineError(f"The model process's pipe carried a frame of {length} bytes.")
+            end = _LENGTH_BYTES + length
+            if len(self._buffer) < end:
+                break
+            body = bytes(self._buffer[_LENGTH_BYTES:end])
+            del self._buffer[:end]
+            try:
+                frames.append(self._decoder.decode(body))
+            except msgspec.DecodeError:  # the cause may quote what was in the frame
+                raise EngineError("The model process's pipe carried a damaged frame.") from None
+        return frames
+
+
+def op_reader() -> FrameReader[Op]:
+    """A reader for the model process's side."""
+    return FrameReader(_OPS)
+
+
+def event_reader() -> FrameReader[Event]:
+    """A reader for the daemon's side."""
+    return FrameReader(_EVENTS)

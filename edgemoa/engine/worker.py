@@ -1,0 +1,218 @@
+"""The model process: ``python -m edgemoa.engine.worker MODEL_DIR --threads N``.
+
+Reads :data:`~edgemoa.engine.frames.Op` from stdin and writes :data:`~edgemoa.engine.frames.Event`
+to stdout. It has one thread, which looks for new frames between two steps of the model: a second
+one would not get the interpreter lock any sooner. It ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+from edgemoa.core import limits
+from edgemoa.core.events import WorkFailed
+from edgemoa.core.messages import ChatMessage
+from edgemoa.engine import frames
+from edgemoa.errors import EdgemoaError, EngineError, PromptTooLongError
+
+NICENESS: Final = 5  # the daemon beside it answers the network, and has to stay quick
+OOM_SCORE: Final = 500  # of 1000: out of memory, the kernel ends this process before the daemon
+PROGRESS_S: Final = 1.0
+
+_READ_BYTES: Final = 65536
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Backend(Protocol):
+    """A loaded model that works on up to ``slots`` jobs at a time, a step at a time."""
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    def count(self, messages: tuple[ChatMessage, ...]) -> int:
+        """The conversation's tokens, chat template included; raises :class:`EdgemoaError`."""
+
+    def admit(self, job: frames.Generate) -> None:
+        """Take a job into a free slot; raises :class:`EdgemoaError` where it cannot be done."""
+
+    def drop(self, job_id: int) -> None:
+        """Free the slot of an admitted job."""
+
+    def step(self) -> list[frames.Event]:
+        """Bring every admitted job forward by one run of the model, of :data:`STEP_GOAL_MS` or so.
+
+        A job's ``Done`` or ``Failed`` frees its slot.
+        """
+
+
+class Pipe:
+    """Frames over two file descriptors."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._reader = frames.op_reader()
+
+    def receive(self, *, wait: bool) -> list[frames.Op]:
+        """The frames that are there, or with ``wait`` at least what one read brings.
+
+        Raises :class:`EOFError` when the daemon is gone.
+        """
+        ops: list[frames.Op] = []
+        while wait or select.select([self._read_fd], [], [], 0)[0]:
+            wait = False
+            data = os.read(self._read_fd, _READ_BYTES)
+            if not data:
+                raise EOFError
+            ops += self._reader.feed(data)
+        return ops
+
+    def send(self, events: Iterable[frames.Event]) -> None:
+        """Write frames; raises :class:`BrokenPipeError` when the daemon is gone."""
+        data = memoryview(b"".join(map(frames.encode, events)))
+        while data:
+            data = data[os.write(self._write_fd, data) :]
+
+
+class Worker:
+    """Hands jobs to the back end in the order in which they came, and its events to the daemon."""
+
+    def __init__(self, backend: Backend, pipe: Pipe) -> None:
+        self._backend = backend
+        self._pipe = pipe
+        self._waiting: deque[frames.Generate] = deque()
+        self._running: set[int] = set()
+        self._said_at = 0.0
+
+    def serve(self) -> None:
+        """Work until the daemon is gone; leaves by :class:`EOFError` or ``BrokenPipeError``."""
+        while True:
+            idle = not self._waiting and not self._running
+            for op in self._pipe.receive(wait=idle):
+                self._handle(op)
+            while self._waiting and len(self._running) < self._backend.slots:
+                self._admit(self._waiting.popleft())
+            if self._running:
+                self._report(self._backend.step())
+
+    def _handle(self, op: frames.Op) -> None:
+        match op:
+            case frames.Generate():
+                self._waiting.append(op)
+            case frames.Cancel(job_id):
+                self._waiting = deque(job for job in self._waiting if job.job_id != job_id)
+                if job_id in self._running:
+                    self._running.discard(job_id)
+                    self._backend.drop(job_id)
+            case frames.Measure(call_id, messages):
+                try:
+                    answer = frames.Measured(call_id, self._backend.count(messages))
+                except EdgemoaError as error:
+                    answer = frames.Measured(call_id, 0, str(error))
+                self._pipe.send([answer])
+
+    def _admit(self, job: frames.Generate) -> None:
+        try:
+            self._backend.admit(job)
+        except PromptTooLongError as error:
+            self._refuse(job, WorkFailed(str(error), "context"))
+        except EdgemoaError as error:
+            self._refuse(job, WorkFailed(str(error)))
+        else:
+            self._running.add(job.job_id)
+
+    def _refuse(self, job: frames.Generate, failure: WorkFailed) -> None:
+        self._pipe.send([frames.Failed(job.job_id, failure)])
+
+    def _report(self, events: list[frames.Event]) -> None:
+        for event in events:
+            if isinstance(event, frames.Done | frames.Failed):
+                self._running.discard(event.job_id)
+        now = time.monotonic()
+        if not events and now - self._said_at >= PROGRESS_S:
+            events = [frames.Progress()]
+        if events:
+            self._said_at = now
+            self._pipe.send(events)
+
+
+def main() -> None:
+    """Load the model, say so, and work until stdin ends."""
+    parser = argparse.ArgumentParser(prog="python -m edgemoa.engine.worker")
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--threads", type=int, required=True, help="of the model's computation")
+    arguments = parser.parse_args()
+    _settle()
+    pipe = _take_pipe()
+    status = 0
+    try:
+        started = time.perf_counter()
+        backend = _load(arguments.model_dir, arguments.threads)
+        load_ms = round((time.perf_counter() - started) * 1000)
+        pipe.send([frames.Ready(backend.context_tokens, backend.slots, load_ms)])
+        Worker(backend, pipe).serve()
+    except (EOFError, BrokenPipeError):
+        pass  # the daemon is gone, and nobody is left to tell
+    except EdgemoaError as error:
+        status = error.exit_code
+        with suppress(BrokenPipeError):
+            pipe.send([frames.Broken(_bounded(f"{error} {error.hint}".strip()))])
+    # Without the libraries' own ending, which takes its time and can hang.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _load(model_dir: Path, threads: int) -> Backend:
+    try:
+        from edgemoa.engine import genai  # noqa: PLC0415 - heavy, and its failure is to be reported
+    except ImportError as error:
+        raise EngineError(
+            f"The model runtime cannot be imported: {error}.",
+            hint="Install edgemoa again, with its dependencies.",
+        ) from error
+    return genai.load(model_dir, threads)
+
+
+def _settle() -> None:
+    """Take this process's place among the others on the board."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon to act on
+    os.nice(NICENESS)
+    with suppress(OSError):  # only a preference
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
+    # The end of stdin is seen between two steps; this ends the process within one as well, and
+    # while it loads. (Should the daemon be gone already, stdin has ended. To the kernel the parent
+    # is the thread that started this process: the daemon's event loop, as long as it lives.)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _take_pipe() -> Pipe:
+    """Keep stdin and stdout for frames; what a library prints goes to stderr."""
+    pipe = Pipe(os.dup(0), os.dup(1))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return pipe
+
+
+def _bounded(reason: str) -> str:
+    return reason.encode()[: limits.MAX_REASON_BYTES].decode(errors="ignore")
+
+
+if __name__ == "__main__":
+    main()

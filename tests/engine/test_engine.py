@@ -1,0 +1,495 @@
+"""The engine with a real model process around a tiny model: jobs, failures, life and death."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgemoa.core import limits
+from edgemoa.core.messages import ChatMessage
+from edgemoa.engine import frames
+from edgemoa.engine.engine import Engine
+from edgemoa.errors import EngineError, InvalidPromptError
+
+from .harness import Recorder, alive, conversation, gone, job, pid_of, process_file, running
+from .tiny import CONTEXT_TOKENS, HELLO
+
+LONG = 30_000  # tokens: a few seconds of the tiny model
+
+
+def test_a_job_is_answered(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            assert events.ready[0].context_tokens == CONTEXT_TOKENS
+            assert (events.ready[0].model, events.ready[0].slots) == ("model", 1)
+            engine.work(job(1, "go>"))
+            result = await events.ends(1)
+            assert result.text == "".join(events.texts[1]) == HELLO
+            assert result.finish == "stop"
+            assert result.prompt_tokens == len("user:go>")
+            assert result.tokens == len(HELLO.encode()) + 1  # and the end
+            # Characters came whole, though each byte is a token.
+            assert events.texts[1] == list(HELLO)
+
+    asyncio.run(scenario())
+
+
+def test_turns_go_through_the_template_as_huggingface_would_render_it(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, _):
+            assert await engine.measure(conversation("a", "日", "b")) == len(
+                "user:a|assistant:..日|user:b"
+            )
+            system = (ChatMessage("system", "s"), *conversation("a"))
+            assert await engine.measure(system) == len("system:s|user:a")
+            text = "a\u2028 {{ 1 }} {% if %}"
+            assert await engine.measure(conversation(text)) == len(f"user:{text}".encode())
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_asked_is_refused_and_the_process_lives(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            with pytest.raises(InvalidPromptError, match="template refuses"):
+                await engine.measure(conversation("refuse"))
+            with pytest.raises(InvalidPromptError, match="Unicode"):
+                await engine.measure(conversation("\ud800"))
+            with pytest.raises(InvalidPromptError, match="too large"):
+                await engine.measure(conversation("a" * (limits.MAX_PROMPT_BYTES + 1)))
+            for each, text in ((10, "\ud800"), (11, "a" * (limits.MAX_PROMPT_BYTES + 1))):
+                engine.work(job(each, text))
+                assert each not in events.failed  # not from inside the call
+                assert (await events.fails(each)).code == "engine"
+            engine.work(job(2, "refuse"))
+            assert (await events.fails(2)).code == "engine"
+            engine.work(job(3, "nan!"))
+            failure = await events.fails(3)
+            assert (failure.code, failure.reason) == (
+                "engine",
+                "The model computed no valid numbers.",
+            )
+            engine.work(job(4, "go>"))
+            assert (await events.ends(4)).text == HELLO
+            assert not events.lost
+
+    asyncio.run(scenario())
+
+
+def test_a_text_ends_at_its_limits(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "x", max_tokens=7))
+            result = await events.ends(1)
+            assert (result.text, result.finish, result.tokens) == ("x" * 7, "length", 7)
+            # Cut in the middle of the face, four tokens long: nothing of it is shown.
+            engine.work(job(2, "go>", max_tokens=5))
+            result = await events.ends(2)
+            assert (result.text, result.finish) == (" hi", "length")
+            # Cut by what is left of the context.
+            prompt = "a" * (CONTEXT_TOKENS - len("user:x") - 9) + "x"
+            engine.work(job(3, prompt, max_tokens=1000))
+            result = await events.ends(3)
+            assert (result.text, result.prompt_tokens) == ("x" * 9, CONTEXT_TOKENS - 9)
+            engine.work(job(4, "a" * CONTEXT_TOKENS))
+            failure = await events.fails(4)
+            assert failure.code == "context"
+            assert str(CONTEXT_TOKENS + len("user:")) in failure.reason
+            assert str(CONTEXT_TOKENS) in failure.reason
+            engine.work(job(5, "a" * (CONTEXT_TOKENS - len("user:"))))
+            assert (await events.fails(5)).code == "context"
+
+    asyncio.run(scenario())
+
+
+def test_stop_strings_special_tokens_and_bytes_that_are_no_character(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "go>", stop=("日語", "never")))
+            result = await events.ends(1)
+            assert (result.text, result.finish) == (" hi😀é", "stop")
+            assert "".join(events.texts[1]) == result.text
+            engine.work(job(2, "go>", stop=("日本",)))
+            assert (await events.ends(2)).text == HELLO
+            engine.work(job(3, "%"))
+            assert (await events.ends(3)).text == "Z"
+            engine.work(job(4, "#"))
+            assert (await events.ends(4)).text == "\ufffdAB"
+            engine.work(job(5, "go>", stream=False))
+            assert (await events.ends(5)).text == HELLO
+            assert 5 not in events.texts
+
+    asyncio.run(scenario())
+
+
+def test_a_seed_means_the_same_text(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            for at, seed in enumerate((1, 2, 1)):
+                engine.work(job(at, "9", temperature=1.0, seed=seed))
+            texts = [(await events.ends(at)).text for at in range(3)]
+            assert texts[0] == texts[2] != texts[1]
+            assert all(text.isdigit() for text in texts)
+            engine.work(job(9, "9"))
+            assert (await events.ends(9)).text == "0" * 32
+
+    asyncio.run(scenario())
+
+
+def test_jobs_beyond_the_slots_wait_in_order_and_can_be_cancelled(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "x", max_tokens=LONG))
+            for each in (2, 3, 4):
+                engine.work(job(each, "go>"))
+            await events.writes(1)
+            engine.cancel(3)
+            engine.cancel(77)
+            started = time.monotonic()
+            engine.cancel(1)
+            await events.ends(4)
+            assert time.monotonic() - started < 1
+            written = len(events.texts[1])
+            assert list(events.done) == [2, 4]
+            engine.work(job(5, "go>"))
+            await events.ends(5)
+            assert len(events.texts[1]) == written
+            assert not events.failed
+
+    asyncio.run(scenario())
+
+
+def test_measuring_does_not_wait_for_a_job(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "x", max_tokens=LONG))
+            await events.writes(1)
+            counts = await asyncio.gather(
+                *(engine.measure(conversation("a" * n)) for n in range(20))
+            )
+            assert counts == [len("user:") + n for n in range(20)]
+            assert not events.done
+            engine.cancel(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_question_asked_while_the_model_loads_is_answered(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny, load=False) as (engine, events):
+            engine.work(job(1, "go>"))
+            assert await engine.measure(conversation("a")) == len("user:a")
+            assert (await events.ends(1)).text == HELLO
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_is_killed_is_replaced(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "x", max_tokens=LONG))
+            engine.work(job(2, "go>"))
+            await events.writes(1)
+            os.kill(pid_of(engine), signal.SIGKILL)
+            with pytest.raises(EngineError):
+                await engine.measure(conversation("a"))
+            assert "SIGKILL" in await events.loses()
+            assert engine.pid is None
+            engine.work(job(3, "go>"))
+            assert "down" in (await events.fails(3)).reason
+            with pytest.raises(EngineError, match="down"):
+                await engine.measure(conversation("a"))
+            await events.loads(2)
+            assert engine.restarts == 1
+            engine.work(job(4, "go>"))
+            assert (await events.ends(4)).text == HELLO
+            assert list(events.done) == [4]
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_hangs_is_replaced(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny, hang_s=1.6) as (engine, events):
+            # Without work, silence is no sign of anything.
+            await asyncio.sleep(2)
+            assert not events.lost
+            os.kill(pid_of(engine), signal.SIGSTOP)
+            started = time.monotonic()
+            engine.work(job(1, "x", max_tokens=LONG))
+            assert "said nothing" in await events.loses()
+            assert 1.2 < time.monotonic() - started < 5
+            await events.loads(2)
+            # A long job that goes on is no hang, streamed or not.
+            engine.work(job(2, "x", max_tokens=LONG, stream=False))
+            assert (await events.ends(2)).tokens == LONG
+            assert len(events.lost) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_hangs_while_it_loads_is_replaced(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny, load_s=3, load=False) as (engine, events):
+            os.kill(pid_of(engine), signal.SIGSTOP)
+            assert "while loading" in await events.loses()
+            await events.loads()
+
+    asyncio.run(scenario())
+
+
+def test_restarts_come_slower_until_a_process_has_lasted(tiny: Path, tmp_path: Path) -> None:
+    async def delays(model: Path, settled_s: float) -> list[float]:
+        lost_at = []
+        async with running(model, settled_s=settled_s, load=False) as (engine, events):
+            for times in (1, 2, 3):
+                if model == tiny:
+                    await events.loads(times)
+                    os.kill(pid_of(engine), signal.SIGKILL)
+                await events.loses(times)
+                lost_at.append(time.monotonic())
+        return [after - before for before, after in itertools.pairwise(lost_at)]
+
+    first, second = asyncio.run(delays(tmp_path / "nowhere", 60))
+    assert first >= 0.25
+    assert second >= 0.5
+    _, second = asyncio.run(delays(tiny, 0))
+    assert second >= 0.25
+    _, slower = asyncio.run(delays(tiny, 60))
+    assert slower >= 0.5
+
+
+def test_a_stopped_process_does_not_hold_up_the_end(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, _):
+            os.kill(pid_of(engine), signal.SIGSTOP)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("flaw", ["no folder", "empty", "damaged", "not json", "no template"])
+def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_less_and_less(
+    tiny: Path, tmp_path: Path, flaw: str
+) -> None:
+    folder = tmp_path / "model"
+    if flaw != "no folder":
+        shutil.copytree(tiny, folder)
+    match flaw:
+        case "empty":
+            for file in folder.iterdir():
+                file.unlink()
+        case "damaged":
+            (folder / "model.onnx").write_bytes(b"damaged")
+        case "not json":
+            (folder / "genai_config.json").write_text("{")
+        case "no template":
+            config = folder / "tokenizer_config.json"
+            settings = json.loads(config.read_text())
+            del settings["chat_template"]
+            config.write_text(json.dumps(settings))
+    expected = {
+        "no folder": "no model folder at",
+        "empty": "genai_config.json",
+        "damaged": "cannot be loaded",
+        "not json": "genai_config.json",
+        "no template": "no chat template. Import",
+    }[flaw]
+
+    async def scenario() -> None:
+        async with running(folder, load=False) as (_, events):
+            reason = await events.loses(2)
+            assert expected in reason
+            assert "Import" in reason  # what to do about it
+            assert not events.ready
+
+    asyncio.run(scenario())
+
+
+def test_a_measure_ends_with_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "nowhere", load=False) as (engine, _):
+            with pytest.raises(EngineError, match="no model folder"):
+                await engine.measure(conversation("a"))
+
+    asyncio.run(scenario())
+
+
+def test_stopping_leaves_nothing_whatever_is_under_way(tiny: Path) -> None:
+    async def scenario() -> None:
+        for wait_s in (0.0, 0.05, 0.3):
+            engine = Engine(tiny, "model", 1, Recorder())
+            await engine.start()
+            pid = pid_of(engine)
+            await asyncio.sleep(wait_s)
+            await engine.stop()
+            await engine.stop()
+            assert not alive(pid)
+
+    asyncio.run(scenario())
+
+
+def test_stopping_ends_a_question_that_waits(tiny: Path) -> None:
+    async def scenario() -> None:
+        engine = Engine(tiny, "model", 1, Recorder())
+        await engine.start()
+        question = asyncio.create_task(engine.measure(conversation("a")))
+        await asyncio.sleep(0)
+        await engine.stop()
+        with pytest.raises(EngineError, match="stopped"):
+            await question
+        with pytest.raises(EngineError, match="down"):
+            await engine.measure(conversation("a"))
+
+    asyncio.run(scenario())
+
+
+def test_the_daemon_killed_takes_the_model_process_along(tiny: Path) -> None:
+    script = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parents[1])!r}]\n"
+        "from engine.harness import job, running\n"
+        "async def main():\n"
+        "    async with running(Path(sys.argv[1])) as (engine, events):\n"
+        f"        engine.work(job(1, 'x', max_tokens={LONG}))\n"
+        "        await events.writes(1)\n"
+        "        print(engine.pid, flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny)], stdout=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdout is not None
+        pid = int(daemon.stdout.readline())
+        assert alive(pid)
+        daemon.kill()
+        assert gone(pid, within_s=2)
+
+
+def spawn_worker(model: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgemoa.engine.worker", str(model), "--threads", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_the_model_process_ends_with_its_stdin_in_the_middle_of_a_job(tiny: Path) -> None:
+    with spawn_worker(tiny) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        reader = frames.event_reader()
+        assert isinstance(reader.feed(os.read(worker.stdout.fileno(), 65536))[0], frames.Ready)
+        long = job(1, "x", max_tokens=LONG, stream=False)
+        worker.stdin.write(
+            frames.encode(frames.Generate(1, long.messages, long.sampling, long.stream))
+        )
+        worker.stdin.flush()
+        time.sleep(0.1)
+        assert worker.poll() is None
+        worker.stdin.close()
+        assert worker.wait(timeout=2) == 0
+        assert not any(isinstance(e, frames.Done) for e in reader.feed(worker.stdout.read()))
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\2\x81\xa1"])
+def test_bytes_that_are_no_frame_end_the_model_process(tiny: Path, data: bytes) -> None:
+    with spawn_worker(tiny) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write(data)
+        worker.stdin.flush()
+        assert worker.wait(timeout=10) == EngineError.exit_code
+
+
+def test_frames_come_out_as_they_went_in_however_they_are_cut() -> None:
+    sent: list[frames.Event] = [
+        frames.Progress(),
+        frames.Text(1, "日" * 1000),
+        frames.Measured(2, 3),
+    ]
+    data = b"".join(frames.encode(frame) for frame in sent)
+    for size in (1, 3, len(data)):
+        reader = frames.event_reader()
+        got = [
+            frame for at in range(0, len(data), size) for frame in reader.feed(data[at : at + size])
+        ]
+        assert got == sent
+
+
+def test_the_daemon_side_refuses_what_is_no_event() -> None:
+    for data in (b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", frames.encode(frames.Cancel(1))):
+        with pytest.raises(EngineError):
+            frames.event_reader().feed(data)
+    with pytest.raises(EngineError, match="too large"):
+        frames.encode(frames.Text(1, "x" * (4 << 20)))
+
+
+def test_nothing_of_a_prompt_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            for at, text in enumerate(("secret>", "secret!", "secret" * (CONTEXT_TOKENS // 6))):
+                engine.work(job(at, text))
+            with pytest.raises(InvalidPromptError) as refused:
+                await engine.measure(conversation("secret\ud800"))
+            assert "secret" not in str(refused.value)
+            await events.fails(2)
+            assert not any("secret" in failure.reason for failure in events.failed.values())
+
+    asyncio.run(scenario())
+    assert "secret" not in caplog.text
+
+
+def test_the_model_process_is_kinder_than_the_daemon(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, _):
+            assert os.getpriority(os.PRIO_PROCESS, pid_of(engine)) >= min(
+                19, os.getpriority(os.PRIO_PROCESS, 0) + 5
+            )
+            own = int(process_file("self", "oom_score_adj"))
+            assert int(process_file(pid_of(engine), "oom_score_adj")) == min(1000, own + 500)
+            environment = process_file(pid_of(engine), "environ")
+            assert "EDGEMOA" not in environment
+            assert "HOME=" not in environment
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_listener_is_reported_and_leaves_no_process(tiny: Path) -> None:
+    class Broken(Recorder):
+        def on_text(self, job_id: int, text: str) -> None:
+            raise RuntimeError("a bug")
+
+    async def scenario() -> None:
+        reported: asyncio.Queue[BaseException] = asyncio.Queue()
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: reported.put_nowait(context["exception"])
+        )
+        events = Broken()
+        engine = Engine(tiny, "model", 1, events)
+        await engine.start()
+        await events.loads()
+        pid = pid_of(engine)
+        engine.work(job(1, "go>"))
+        async with asyncio.timeout(5):
+            error = await reported.get()
+        assert isinstance(error, ExceptionGroup)
+        assert error.subgroup(RuntimeError)
+        assert not alive(pid)
+        await engine.stop()
+
+    asyncio.run(scenario())
