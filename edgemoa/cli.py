@@ -16,6 +16,7 @@ from edgemoa.errors import EdgemoaError, InvalidPromptError, UserError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
+    from edgemoa.models.library import ModelLibrary
 
 CONFIG_FILES = ("/etc/edgemoa/edgemoa.toml", "~/.config/edgemoa/edgemoa.toml")
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -166,12 +167,19 @@ def _load(arguments: argparse.Namespace) -> Config:
     return config.load(file, flags=arguments.settings)
 
 
+def _library(config: Config) -> ModelLibrary:
+    from edgemoa.models.library import ModelLibrary, default_model_dir
+
+    configured = config.board.models_dir
+    return ModelLibrary(Path(configured).expanduser() if configured else default_model_dir())
+
+
 # --- commands
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from edgemoa import show
-    from edgemoa.demo import default_models_dir, demo
+    from edgemoa.demo import demo
 
     config = _load(arguments)
     terminal = show.Terminal(out=sys.stderr if arguments.json else None)
@@ -181,7 +189,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         layers=arguments.layers,
         proposers=arguments.proposers,
         max_tokens=arguments.max_tokens,
-        models_dir=default_models_dir(config),
+        library=_library(config),
         model=arguments.model or config.model.name,
         terminal=terminal,
     )
@@ -206,7 +214,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from edgemoa.daemon import serve
 
-    return serve(config, stop_at_eof=arguments.stop_at_eof)
+    return serve(config, _library(config), stop_at_eof=arguments.stop_at_eof)
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -243,6 +251,8 @@ def _status(arguments: argparse.Namespace) -> int:
     engine = f"{status['model'] or 'no model'}, {'ready' if status['ready'] else 'not ready'}"
     print(f"{status['name']}  {status['id']}")
     print(f"model    {engine}, {status['engine']['restarts']} restarts")
+    if status["engine"]["trouble"]:
+        print(f"         {status['engine']['trouble']}")
     print(
         f"queue    {status['running']} running, {status['waiting']} waiting, "
         f"{show.seconds(status['expected_wait_ms'])} expected wait"

@@ -46,7 +46,7 @@ from edgemoa.core.node import Node, NodeSettings
 from edgemoa.core.status import snapshot
 from edgemoa.engine.engine import Engine
 from edgemoa.errors import ConfigError, EdgemoaError, EngineError
-from edgemoa.models.library import ModelLibrary, default_model_dir
+from edgemoa.models.library import ModelLibrary
 from edgemoa.net.identity import load_identity
 from edgemoa.net.network import Network
 from edgemoa.net.pairing import JoinSecret, parse_join_secret
@@ -62,8 +62,9 @@ MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
 class Daemon:
     """One board's process. :meth:`run` is its life."""
 
-    def __init__(self, config: Config, *, stop_at_eof: bool = False) -> None:
+    def __init__(self, config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -> None:
         self._config = config
+        self._library = library
         self._stop_at_eof = stop_at_eof
         self._mailboxes: dict[str, _Mailbox] = {}
         self._stopping = asyncio.Event()
@@ -74,6 +75,7 @@ class Daemon:
         self._timer_ms = 0
         self._lag_ms_max = 0.0
         self._probing = False
+        self._engine_trouble = ""  # why there is no model process, while there is none
         self._node: Node
         self._network: Network
         self._engine: Engine
@@ -99,9 +101,8 @@ class Daemon:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         config = self._config
         name = config.board.name or socket.gethostname()[: limits.MAX_NAME_BYTES]
-        library = ModelLibrary(models_dir(config))
         # What can be wrong is found out before anything is started, the cheapest first.
-        model_dir = await asyncio.to_thread(library.find, config.model.name)
+        model_dir = await asyncio.to_thread(self._library.find, config.model.name)
         strategy = await asyncio.to_thread(_strategy, config)
         join_secret = await asyncio.to_thread(_join_secret, config)
         state_dir = config.state_dir()
@@ -208,12 +209,12 @@ class Daemon:
 
     def on_ready(self, info: EngineInfo) -> None:
         """The model takes work."""
-        log.info("model ready", extra={"model": info.model, "context_tokens": info.context_tokens})
+        self._engine_trouble = ""
         self._apply(self._node.engine_is_ready(info, self._now_ms()))
 
     def on_lost(self, reason: str) -> None:
         """The model process is gone."""
-        log.warning("model process lost", extra={"reason": reason})
+        self._engine_trouble = reason
         self._apply(self._node.engine_is_lost(self._now_ms()))
 
     def on_text(self, job_id: int, text: str) -> None:
@@ -268,7 +269,11 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """See :class:`edgemoa.api.server.Service`."""
         status: dict[str, Any] = msgspec.to_builtins(snapshot(self._node, self._now_ms()))
-        status["engine"] = {"pid": self._engine.pid, "restarts": self._engine.restarts}
+        status["engine"] = {
+            "pid": self._engine.pid,
+            "restarts": self._engine.restarts,
+            "trouble": self._engine_trouble,
+        }
         status["pid"] = os.getpid()
         status["port"] = self._network.port
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
@@ -385,12 +390,6 @@ def notify(*lines: str) -> None:
             log.warning("systemd was not reached", extra={"reason": error.strerror})
 
 
-def models_dir(config: Config) -> Path:
-    """Where this configuration keeps models."""
-    configured = config.board.models_dir
-    return Path(configured).expanduser() if configured else default_model_dir()
-
-
 def _strategy(config: Config) -> Synthesis:
     if not config.moa.aggregation_prompt_file:
         return Synthesis()
@@ -440,14 +439,14 @@ async def _at_eof(fd: int, then: Any, stack: contextlib.AsyncExitStack) -> None:
     stack.callback(loop.remove_reader, fd)
 
 
-def serve(config: Config, *, stop_at_eof: bool = False) -> int:
+def serve(config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -> int:
     """Run the daemon until it is told to stop; returns the exit code.
 
     :raises EdgemoaError: it could not be started.
     """
 
     async def main() -> int:
-        return await Daemon(config, stop_at_eof=stop_at_eof).run()
+        return await Daemon(config, library, stop_at_eof=stop_at_eof).run()
 
     try:
         return asyncio.run(main())

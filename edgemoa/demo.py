@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgemoa.client import Client
-from edgemoa.config import Config, settings
+from edgemoa.config import settings
 from edgemoa.errors import BoardError, DaemonUnreachableError, EdgemoaError
+from edgemoa.models.library import ModelLibrary
+from edgemoa.models.progress import ConsoleProgress
+from edgemoa.models.pull import ensure
 from edgemoa.net.pairing import new_join_secret
-from edgemoa.show import Terminal
+from edgemoa.show import Terminal, follow
 
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 5.0
+_VERIFY: Final = "is the model whole? `edgemoa model verify NAME` checks it"
 
 
 @dataclass
@@ -131,7 +135,7 @@ def stop(boards: list[LocalBoard]) -> None:
 def wait_until_ready(boards: list[LocalBoard], terminal: Terminal | None = None) -> None:
     """Wait until the first board's model is loaded and it can ask every other board.
 
-    :raises BoardError: a board ended, or it took too long; says which and why.
+    :raises BoardError: a board ended, its model cannot be loaded, or it took too long.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
@@ -148,12 +152,16 @@ def wait_until_ready(boards: list[LocalBoard], terminal: Terminal | None = None)
                     f"{last_line(board.log)}",
                     hint="mend that and try again",
                 )
-        if time.monotonic() > deadline:
-            what = "its model" if not status.get("ready") else "the other boards"
+        trouble = status.get("engine", {}).get("trouble")
+        if trouble or time.monotonic() > deadline:
+            if trouble:
+                raise BoardError(f"{boards[0].name}: {trouble}", hint=_VERIFY)
+            if not status.get("ready"):
+                raise BoardError(f"{boards[0].name} still loads its model", hint=_VERIFY)
             raise BoardError(
-                f"after {START_TIMEOUT_S:.0f} s {boards[0].name} still waits for {what} "
-                f"({at_hand} of {len(boards) - 1} at hand): {last_line(boards[0].log)}",
-                hint="does a firewall block UDP 5353 or TCP on loopback?",
+                f"after {START_TIMEOUT_S:.0f} s {boards[0].name} has found {at_hand} of "
+                f"{len(boards) - 1} boards",
+                hint="does a firewall block UDP 5353, or TCP and UDP on loopback?",
             )
         if terminal is not None:
             ready = "loaded" if status.get("ready") else "loading"
@@ -182,7 +190,7 @@ def demo(
     layers: int,
     proposers: int,
     max_tokens: int | None,
-    models_dir: Path,
+    library: ModelLibrary,
     model: str,
     terminal: Terminal | None,
 ) -> dict[str, Any]:
@@ -190,20 +198,14 @@ def demo(
 
     :raises EdgemoaError: whatever kept the prompt from being answered.
     """
-    from edgemoa.models.library import ModelLibrary  # noqa: PLC0415 - only where it is needed
-    from edgemoa.models.pull import ensure  # noqa: PLC0415
-    from edgemoa.show import follow  # noqa: PLC0415
 
-    def progress(stage: str, done: int, total: int) -> None:
-        if terminal is not None:
-            share = f" {100 * done // total} %" if total else ""
-            terminal.pending(f"{model}: {stage}{share}")
-
-    if terminal is not None:
-        terminal.pending(f"{model}: looking for it")
-    ensure(model, ModelLibrary(models_dir), progress)
+    progress = ConsoleProgress()
+    try:
+        ensure(model, library, progress)
+    finally:
+        progress.close()
     began = time.monotonic()
-    with group(boards, model, models_dir) as started:
+    with group(boards, model, library.root) as started:
         wait_until_ready(started, terminal)
         ready_ms = round((time.monotonic() - began) * 1000)
         if terminal is not None:
@@ -223,11 +225,3 @@ def demo(
                     raise BoardError(f"{board.name} died: {last_line(board.log)}") from error
             raise
     return answered | {"ready_ms": ready_ms}
-
-
-def default_models_dir(config: Config) -> Path:
-    """Where this configuration keeps models."""
-    from edgemoa.models.library import default_model_dir  # noqa: PLC0415
-
-    configured = config.board.models_dir
-    return Path(configured).expanduser() if configured else default_model_dir()

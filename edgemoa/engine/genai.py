@@ -19,7 +19,12 @@ from edgemoa.core.events import Finish, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine.frames import Done, Event, Failed, Generate, Text
 from edgemoa.engine.sampling import Sampler
-from edgemoa.engine.template import ChatTemplate, load_template
+from edgemoa.engine.template import (
+    ChatTemplate,
+    ControlTokens,
+    load_control_tokens,
+    load_template,
+)
 from edgemoa.engine.text import Detokenizer, StopText
 from edgemoa.errors import EngineError, InvalidPromptError, ModelInvalidError, PromptTooLongError
 
@@ -44,12 +49,20 @@ class GenaiBackend:
 
     slots = 1
 
-    def __init__(self, model: Any, tokenizer: Any, template: ChatTemplate, context: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: ChatTemplate,
+        control_tokens: ControlTokens,
+        context: int,
+    ) -> None:
         self.context_tokens = context
         self.chunk_tokens = CHUNKS[-1]
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
+        self._control_tokens = control_tokens
         self._run: _Run | None = None
 
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
@@ -115,9 +128,10 @@ class GenaiBackend:
         self.chunk_tokens = next((n for n in CHUNKS if n <= goal_tokens), CHUNKS[-1])
 
     def _encode(self, messages: tuple[ChatMessage, ...]) -> list[int]:
-        text = self._template.render(messages)
+        text = self._template.render(self._control_tokens.guard(messages))
         try:
-            return [int(token) for token in self._tokenizer.encode(text)]
+            pieces = self._control_tokens.split(text)
+            return [int(token) for piece in pieces for token in self._tokenizer.encode(piece)]
         except RuntimeError:  # its words could quote the prompt
             raise InvalidPromptError("The model's tokenizer cannot read the prompt.") from None
 
@@ -240,7 +254,8 @@ def load(model_dir: Path, threads: int) -> GenaiBackend:
         raise ModelInvalidError(
             f"The model cannot be loaded: {cause}", hint=_IMPORT_AGAIN
         ) from error
-    backend = GenaiBackend(model, tokenizer, load_template(model_dir), context)
+    template, control_tokens = load_template(model_dir), load_control_tokens(model_dir)
+    backend = GenaiBackend(model, tokenizer, template, control_tokens, context)
     backend.warm_up()
     return backend
 

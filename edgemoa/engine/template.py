@@ -9,9 +9,11 @@ differently there. A template comes with a model from elsewhere: it runs in Jinj
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -45,6 +47,55 @@ class ChatTemplate:
                 "The model's chat template refuses this order of turns.",
                 hint="Most take an optional system turn, then user and assistant in alternation.",
             ) from None
+
+
+class ControlTokens:
+    """Keeps what people and other boards write from being read as control tokens.
+
+    A tokenizer takes the characters ``<|im_end|>`` for the end of a turn wherever they stand, so a
+    proposal could forge a turn of the user's. Such characters in a message are torn apart before
+    the template is rendered, and the parts are encoded each by itself: the model then reads the
+    characters, and only the template writes control tokens.
+    """
+
+    _TEAR: Final = "\ufdd0"  # a code point that Unicode keeps out of texts
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """:param texts: what the control tokens are written as."""
+        longest_first = sorted((re.escape(text) for text in texts if text), key=len, reverse=True)
+        self._pattern = re.compile("|".join(longest_first)) if longest_first else None
+
+    def guard(self, messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+        """The messages with their control characters torn apart; for the template."""
+        return tuple(ChatMessage(turn.role, self._guard(turn.content)) for turn in messages)
+
+    def split(self, prompt: str) -> list[str]:
+        """The rendered prompt in the parts that are to be encoded each by itself."""
+        return [part for part in prompt.split(self._TEAR) if part]
+
+    def _guard(self, text: str) -> str:
+        text = text.replace(self._TEAR, "\N{REPLACEMENT CHARACTER}")
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda found: found[0][0] + self._TEAR + found[0][1:], text)
+
+
+def load_control_tokens(model_dir: Path) -> ControlTokens:
+    """The control tokens that a model folder's ``tokenizer.json`` declares, if it has one.
+
+    Raises :class:`ModelInvalidError` for a file of another shape.
+    """
+    file = model_dir / "tokenizer.json"
+    if not file.exists():
+        return ControlTokens(())
+    try:
+        added = json.loads(file.read_text("utf-8"))["added_tokens"]
+        return ControlTokens(str(token["content"]) for token in added)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelInvalidError(
+            f"The model has no usable tokenizer.json ({type(error).__name__}).",
+            hint="Import the model again.",
+        ) from error
 
 
 def load_template(model_dir: Path) -> ChatTemplate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,8 +92,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             config.load(environment={}, flags=[flag])
 
 
-def test_the_shipped_examples_are_valid() -> None:
-    examples = Path(__file__).parents[2] / "packaging"
-    for file in examples.glob("*.toml"):
-        tomllib.loads(file.read_text())
-        config.load(file, environment={})
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("firmware_configs/*.toml")), ids=lambda f: f.stem)
+def test_board_profiles_are_valid(file: Path) -> None:
+    assert config.load(file, environment={}) != config.Config()
+
+
+def test_the_packaged_configuration_is_the_reference() -> None:
+    assert (ROOT / "packaging" / "edgemoa.toml").read_text() == config.reference()
