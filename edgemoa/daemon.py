@@ -45,7 +45,7 @@ from edgemoa.core.moa import Synthesis
 from edgemoa.core.node import Node, NodeSettings
 from edgemoa.core.status import snapshot
 from edgemoa.engine.engine import Engine
-from edgemoa.errors import ConfigError, EdgemoaError, EngineError
+from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelLibrary
 from edgemoa.net.identity import load_identity
 from edgemoa.net.network import Network
@@ -159,14 +159,10 @@ class Daemon:
                 case Send(to=to, message=message):
                     self._network.send(to, message)
                 case StartWork(job=job):
-                    # A model process that has just died takes nothing; that it is lost follows,
-                    # and the node then tries the job again.
-                    with contextlib.suppress(EngineError):
-                        self._engine.work(job)
+                    self._engine.work(job)
                     self._probe_lag()
                 case StopWork(job_id=job_id):
-                    with contextlib.suppress(EngineError):
-                        self._engine.cancel(job_id)
+                    self._engine.cancel(job_id)
                 case Tell(request_id=request_id, event=event):
                     if mailbox := self._mailboxes.get(request_id):
                         mailbox.put(event)

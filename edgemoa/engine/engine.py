@@ -113,14 +113,16 @@ class Engine:
     def work(self, job: Job) -> None:
         """Hand over a job; jobs beyond the process's slots wait there in order.
 
-        Every way to fail is an event, never from inside this call: ``on_failed`` where there is no
-        process or the process could not take such a prompt, ``on_lost`` where it dies with it.
+        Every way to fail is an event, never from inside this call: ``on_failed`` where the process
+        could not take such a prompt or there is none, ``on_lost`` where it dies, or has just died.
         """
         frame = frames.Generate(job.job_id, job.messages, job.sampling, job.stream)
         self._jobs.add(job.job_id)
         try:
             self._send(frame)
         except (EngineError, InvalidPromptError) as error:
+            if self._ready_at is not None and isinstance(error, EngineError):
+                return  # the process has just died, and ``on_lost`` is on its way
             failure = frames.Failed(job.job_id, WorkFailed(str(error)))
             asyncio.get_running_loop().call_soon(self._handle, failure)
 

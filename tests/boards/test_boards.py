@@ -109,7 +109,7 @@ def test_alone_is_greedy_and_repeatable(boards: list[LocalBoard]) -> None:
 def test_many_clients_at_once(boards: list[LocalBoard]) -> None:
     answers: list[dict[str, Any]] = []
     threads = [
-        threading.Thread(target=lambda b=b: answers.append(ask(b, max_tokens=4, proposers=1)))  # type: ignore[misc]
+        threading.Thread(target=lambda b=b: answers.append(ask(b, max_tokens=4, proposers=1)))
         for b in boards * 2
     ]
     for thread in threads:

@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio.subprocess import Process
 from pathlib import Path
 
 import pytest
 
 from edgemoa.core import limits
 from edgemoa.core.messages import ChatMessage
+from edgemoa.engine import engine as engine_module
 from edgemoa.engine import frames
 from edgemoa.engine.engine import Engine
 from edgemoa.errors import EngineError, InvalidPromptError
@@ -215,6 +217,32 @@ def test_a_process_that_is_killed_is_replaced(tiny: Path) -> None:
             engine.work(job(4, "go>"))
             assert (await events.ends(4)).text == HELLO
             assert list(events.done) == [4]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_given_between_the_death_and_its_news_is_lost_not_failed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever hears of a loss tries the job again; of a failure, he does not.
+    really_end = engine_module._end
+
+    async def end_slowly(process: Process) -> None:
+        await really_end(process)
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(engine_module, "_end", end_slowly)
+
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            os.kill(pid_of(engine), signal.SIGKILL)
+            while engine.pid is not None:  # noqa: ASYNC110 - it has no event to wait for
+                await asyncio.sleep(0.01)
+            assert not events.lost
+            engine.work(job(1, "go>"))
+            await events.loses()
+            await events.loads(2)
+            assert not events.failed
 
     asyncio.run(scenario())
 
