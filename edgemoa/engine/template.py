@@ -74,7 +74,9 @@ class ControlTokens:
         return [part for part in prompt.split(self._TEAR) if part]
 
     def _guard(self, text: str) -> str:
-        text = text.replace(self._TEAR, "\N{REPLACEMENT CHARACTER}")
+        # NUL, because onnxruntime-genai (0.18) reads a text only up to there.
+        for unreadable in (self._TEAR, "\0"):
+            text = text.replace(unreadable, "\N{REPLACEMENT CHARACTER}")
         if self._pattern is None:
             return text
         return self._pattern.sub(lambda found: found[0][0] + self._TEAR + found[0][1:], text)

@@ -1,0 +1,1 @@
+"""Models on this board: the catalog, fetching, importing GGUF files, and checking them."""

@@ -1,0 +1,150 @@
+"""``edgemoa model``: what it prints and returns."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemoa.cli_model import add_parser
+from edgemoa.errors import ModelNotFoundError, UserError
+from edgemoa.models.progress import ConsoleProgress
+
+from .tiny import Tiny
+
+
+def run(*words: str | int | Path) -> int:
+    parser = argparse.ArgumentParser("edgemoa")
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["model", *map(str, words)])
+    result: int = args.func(args)
+    return result
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    source = Tiny("Q4_1").write(tmp_path / "Tiny Model.Q4_1.gguf")
+    assert run("import", source, "--models", tmp_path / "models") == 0
+    return tmp_path / "models"
+
+
+def test_it_loads_nothing_heavy() -> None:
+    code = "import edgemoa.cli_model, sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"numpy", "onnx", "onnxruntime", "onnxruntime_genai", "asyncio", "zipfile"}
+    assert not heavy & set(result.stdout.split())
+
+
+def test_the_name_comes_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Tiny("Q4_1").write(tmp_path / "Tiny Model.Q4_1.gguf")
+    assert run("import", source, "--models", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'tiny-model.q4_1'}\n"
+    assert "import: 100 %" in err
+
+
+def test_a_file_whose_name_gives_none(tmp_path: Path) -> None:
+    source = Tiny().write(tmp_path / "模型.gguf")
+    with pytest.raises(UserError, match="cannot be the name"):
+        run("import", source, "--models", tmp_path / "models")
+
+
+def test_list(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("list", "--models", models) == 0
+    out = capsys.readouterr().out
+    assert "* smollm2-135m-instruct" in out
+    assert "edgemoa model pull smollm2-135m-instruct" in out
+    assert "  tiny-model.q4_1" in out
+    assert run("list", "--json", "--models", models) == 0
+    shown = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in shown["models"]}
+    assert rows["smollm2-135m-instruct"]["default"]
+    assert not rows["smollm2-135m-instruct"]["on_board"]
+    assert rows["tiny-model.q4_1"]["on_board"]
+    assert shown["folder"] == str(models)
+
+
+def test_show_verify_and_remove(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    where: list[Any] = ["tiny-model.q4_1", "--models", models]
+    assert run("show", *where) == 0
+    assert "llama, 2 layers" in capsys.readouterr().out
+    assert run("show", *where, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["context_length"] == 64
+    assert shown["folder"] == str(models / "tiny-model.q4_1")
+    assert run("verify", *where) == 0
+    assert "intact" in capsys.readouterr().out
+    assert run("rm", *where) == 0
+    with pytest.raises(ModelNotFoundError):
+        run("show", *where)
+
+
+def test_perplexity(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    text = tmp_path / "text.txt"
+    text.write_text("the thin thing in the inn " * 20)
+    where: list[Any] = ["tiny-model.q4_1", "--models", models, "--text", text, "--window", 32]
+    assert run("perplexity", *where, "--tokens", 64, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["tokens"], shown["windows"], shown["window"]) == (64, 2, 32)
+    assert 1 < shown["perplexity"] < 10000
+    assert run("perplexity", *where) == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), (b"\xff\xfe\x00", "not UTF-8")]
+)
+def test_perplexity_of_a_text_that_cannot_be_read(
+    models: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run("perplexity", "tiny-model.q4_1", "--models", models, "--text", tmp_path / "text.txt")
+
+
+def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("pull", "import", "list", "show", "verify", "rm", "perplexity"):
+        with pytest.raises(SystemExit) as caught:
+            run(command, "--help")
+        assert caught.value.code == 0
+        assert "--models DIR" in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal_is_a_few_lines() -> None:
+    stream = io.StringIO()
+    progress = ConsoleProgress(stream)
+    for done in range(0, 10_000_001, 10_000):
+        progress("download", done, 10_000_000)
+    progress("wait", 0, 0)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("download:   0 % (0.0 of 10.0 MB")
+    assert lines[4].startswith("download: 100 % (10.0 of 10.0 MB")
+    assert lines[5] == "wait"
+
+
+def test_progress_on_a_terminal_is_one_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    progress = ConsoleProgress(stream)
+    for done in range(0, 10_000_001, 10_000):
+        progress("download", done, 10_000_000)
+    progress.close()
+    assert stream.getvalue().count("\n") == 1
+    assert "download: 100 %" in stream.getvalue().split("\r")[-1]

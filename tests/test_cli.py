@@ -1,0 +1,114 @@
+"""The command line where it needs no daemon."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from edgemoa import __version__, log
+from edgemoa.cli import main
+from edgemoa.errors import EdgemoaError
+from edgemoa.net.pairing import parse_join_secret
+
+
+def codes(kind: type[EdgemoaError]) -> list[type[EdgemoaError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in codes(child))]
+
+
+def test_each_error_has_a_code_of_its_own_and_the_readme_lists_them() -> None:
+    kinds = codes(EdgemoaError)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    listed = {
+        (int(cells[1]), cells[3].strip(" `"))
+        for line in readme.splitlines()
+        if (cells := line.split("|")) and len(cells) > 4 and cells[1].strip().isdigit()
+    }
+    told = {(kind.exit_code, kind.code) for kind in kinds}
+    # Peers' errors share their exit code: for the person at the keyboard they are one thing.
+    assert {pair for pair in told if pair[0] != 16} == {p for p in listed if p[0] != 16}
+    own = [kind.exit_code for kind in kinds if kind.exit_code != 16]
+    assert len(set(own)) == len(own)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--version"], ["--help"], ["demo", "--help"], ["serve", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert __version__ in out
+    for command in ("demo", "serve", "ask", "status", "devices", "model", "sim", "config"):
+        assert command in out
+
+
+def test_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["config"]) == 0
+    reference = capsys.readouterr().out
+    assert "net" in tomllib.loads(reference)
+    file = tmp_path / "edgemoa.toml"
+    file.write_text(reference)
+    assert main(["config", "--check", str(file)]) == 0
+    file.write_text("[net]\nprot = 1\n")
+    assert main(["config", "--check", str(file)]) == 3
+    assert "next: did you mean 'port'?" in capsys.readouterr().err
+
+
+def test_join_secrets_differ_and_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["join-secret", "new"]) == main(["join-secret", "new"]) == 0
+    first, second = capsys.readouterr().out.split()
+    assert first != second
+    parse_join_secret(first)
+
+
+def test_sim_says_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sim", "--seconds", "60", "--loss", "0.1", "--crashes", "10", "--json", "--seed", "3"]
+    assert main(argv) == main(argv) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first == second
+    assert first["answered"] > 0
+    assert first["latency_ms_mean"] > 0
+    assert main(["sim", "--loss", "1.5", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_request"
+    assert main(["sim", "--rate", "0", "--seconds", "5"]) == 0
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "\udcff"])
+def test_prompts_that_are_none(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("ask", "demo"):
+        assert main([command, prompt, "--json"]) == 13
+        assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_prompt"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "edgemoa", "config"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_logs_are_lines_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        log.set_up("info", "json")
+        logging.getLogger("edgemoa.x").info("it is %s", "so", extra={"port": 7})
+        logging.getLogger("edgemoa.x").debug("not this")
+        log.set_up("warning", "text")
+        logging.getLogger("edgemoa.x").warning("beware", extra={"port": 7})
+    finally:
+        root.handlers[:], root.level = before
+    first, second = capsys.readouterr().err.splitlines()
+    told = json.loads(first)
+    assert (told["event"], told["port"], told["level"]) == ("it is so", 7, "info")
+    assert second.endswith("warning beware port=7")
