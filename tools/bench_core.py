@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_core_models
+from bench_core_models import figures as model_figures
+from bench_core_models import row  # beside this file
 
 from edgemoa.demo import LocalBoard, group, wait_until_ready
 from edgemoa.models.library import ModelLibrary, default_model_dir
@@ -23,18 +24,6 @@ from edgemoa.models.pull import ensure
 from edgemoa.show import follow
 
 MODEL = "smollm2-135m-instruct"
-
-
-def figure(name: str, value: float, unit: str, reach: float, note: str = "") -> dict[str, Any]:
-    """A figure that is better the smaller it is."""
-    return {
-        "name": name,
-        "value": round(value, 3),
-        "unit": unit,
-        "reach": reach,
-        "ok": value <= reach,
-        "note": note,
-    }
 
 
 def say(text: str) -> None:
@@ -52,7 +41,7 @@ def help_figure() -> dict[str, Any]:
 
     pairs = [(once("-m", "edgemoa", "--help"), once("-c", "pass")) for _ in range(9)]
     ours, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return figure("edgemoa --help", ours, "s", 0.3, f"{ours / bare:.1f} x an empty interpreter")
+    return row("edgemoa --help", ours, "s", 0.3, f"{ours / bare:.1f} x an empty interpreter")
 
 
 def memory_mb(pid: int, key: str) -> float:
@@ -76,11 +65,11 @@ def board_figures(models_dir: Path, rounds: int) -> list[dict[str, Any]]:
             daemon_mb.append(max(memory_mb(s["pid"], "VmHWM") for s in status))
             lag_ms.append(max(s["loop_lag_ms_max"] for s in status))
     return [
-        figure("three boards from start to paired", statistics.median(ready_s), "s", 5,
+        row("three boards from start to paired", statistics.median(ready_s), "s", 5,
                "models loaded; no process existed before"),
-        figure("daemon without its model process", statistics.median(daemon_mb), "MB", 70,
+        row("daemon without its model process", statistics.median(daemon_mb), "MB", 70,
                "most of the resident set, after an answer"),
-        figure("event loop late while models write", statistics.median(lag_ms), "ms", 50,
+        row("event loop late while models write", statistics.median(lag_ms), "ms", 50,
                f"worst of all probes; worst round {max(lag_ms):.1f}"),
     ]  # fmt: skip
 
@@ -106,16 +95,16 @@ def main() -> int:
     ensure(MODEL, ModelLibrary(models_dir), silent)
     figures = [help_figure(), *board_figures(models_dir, arguments.rounds)]
     say("import, perplexity, tokenisation, speed")
-    figures += bench_core_models.figures(models_dir)
+    figures += model_figures(models_dir)
     if arguments.json:
         print(json.dumps({"figures": figures}))
     else:
-        for row in figures:
-            reach = "" if row.get("reach") is None else f"reach {row['reach']:g}"
-            mark = {True: "ok", False: "SHORT", None: ""}[row.get("ok")]
-            shown = f"{row['name']:42} {row['value']:>10g} {row['unit']:6} {reach:12} {mark:6}"
-            print(f"{shown} {row.get('note', '')}".rstrip())
-    short = [row["name"] for row in figures if row.get("ok") is False]
+        for told in figures:
+            reach = f"reach {told['reach']:g}" if "reach" in told else ""
+            mark = {True: "ok", False: "SHORT", None: ""}[told.get("ok")]
+            shown = f"{told['name']:44} {told['value']:>9g} {told['unit']:12}"
+            print(f"{shown} {reach:11} {mark:6} {told['note']}".rstrip())
+    short = [told["name"] for told in figures if told.get("ok") is False]
     if arguments.check and short:
         print(f"short of their reach: {', '.join(short)}")
         return 1
