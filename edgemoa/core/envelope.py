@@ -6,9 +6,10 @@ received: msgpack is not canonical, so nothing is ever encoded again to be check
 says from which boot of the sender it comes, its sequence number there, and for which board and
 boot of that board it is meant, so that a captured envelope is of no use to anybody else or later.
 
-Decoding is typed: a length, a type or a range that a message does not allow is refused before
-anything is allocated for it, and what is unknown is skipped, not built. Any bytes either parse or
-raise :class:`~edgemoa.errors.ProtocolError`, which never shows them.
+Envelopes are written by ``msgpack`` and read by ``msgspec``, whose decoders are typed: a length, a
+type or a range that a message does not allow is refused before anything is allocated for it, and
+what is unknown is skipped, not built. Any bytes either parse or raise
+:class:`~edgemoa.errors.ProtocolError`, which never shows them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar
 
+import msgpack
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -206,9 +208,10 @@ def sign(
     :param boot: the sender's boot epoch; ``sequence`` counts from 1 within it, per recipient.
     :param to: the recipient, and ``to_boot`` its boot epoch as far as the sender knows.
     """
-    payload = _encoder.encode(_Payload(boot, sequence, to, to_boot, body))
+    payload = msgpack.packb([boot, sequence, to, to_boot, body])
     signature = signer(_SIGNED_PREFIX + kind.encode() + b"\0" + payload)
-    return _encoder.encode(_Envelope(VERSION, kind, key, payload, signature))
+    envelope: bytes = msgpack.packb([VERSION, kind, key, payload, signature])
+    return envelope
 
 
 def verify(data: bytes, authors: dict[bytes, Author], *, to: BoardId, to_boot: int) -> Opened:

@@ -1,0 +1,670 @@
+"""The network as the daemon sees it: send to a board, hear from boards, know who is there.
+
+This joins the parts: sockets, discovery, pairing, links. What is said lives in the core; who is
+trusted lives in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import random
+import secrets
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Final, Literal, Protocol
+
+from edgemoa import config
+from edgemoa.core import limits
+from edgemoa.core.envelope import short
+from edgemoa.core.messages import BoardId, Message
+from edgemoa.errors import (
+    BoardError,
+    ConfigError,
+    EdgemoaError,
+    PairingError,
+    PeerError,
+    ProtocolError,
+)
+from edgemoa.net import pairing, tls, wire
+from edgemoa.net.discovery import Discovery, Hints
+from edgemoa.net.identity import Identity
+from edgemoa.net.link import Link, greet
+from edgemoa.net.pairing import Candidate, JoinSecret
+from edgemoa.net.peer import Budget, Peer
+from edgemoa.net.rates import Rates
+from edgemoa.net.sockets import Sockets
+from edgemoa.net.tasks import Tasks
+from edgemoa.store import PairedBoard, Store
+
+log = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+_FLUSH_S: Final = 0.5
+_SUITS_AT_A_TIME: Final = 16
+_CONNECTIONS_PER_S: Final = 20.0  # from one address
+_CONNECTIONS_BURST: Final = 64.0
+_SEED_S: Final = (0.5, 30.0)  # between looks at a seed: at first, and in the end
+_SETTLED_S: Final = 2.0  # a link that lived shorter did not work
+_BREAKS: Final = (OSError, EOFError, TimeoutError)
+"""What a connection that does not come about, or ends, raises (TLS errors are OSErrors)."""
+
+
+class Handlers(Protocol):
+    """What the network tells; called in the event loop, so none of these may block."""
+
+    def on_message(self, sender: BoardId, message: Message) -> None:
+        """A paired board says this, once."""
+
+    def on_undelivered(self, to: BoardId, message: Message) -> None:
+        """It is not known that ``message`` arrived, and it is no longer tried. Once at most."""
+
+    def on_paired(self, board: BoardId, name: str) -> None:
+        """The board is trusted from now on; also called for each known board at the start."""
+
+    def on_unpaired(self, board: BoardId, reason: str) -> None:
+        """The board is trusted no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A board, for people to look at.
+
+    :param address: where it is or was last, "" if unknown.
+    :param linked: whether messages can reach it now.
+    :param last_seen_age_ms: since it was last heard and authenticated; None if not in this run.
+    :param detail: why it is not paired, or not linked.
+    """
+
+    id: BoardId
+    name: str
+    state: Literal["paired", "pending"]
+    address: str
+    linked: bool
+    last_seen_age_ms: int | None
+    detail: str
+
+
+DatagramHook = Callable[[bytes], Iterable[bytes]]
+"""Gets each datagram before it is sent and says what is sent instead; for tests of loss."""
+
+
+class Network:
+    """See the module. The store must be open, and stay so until :meth:`stop` has returned.
+
+    :param settings: where to listen and whom to look for.
+    :param name: what people call this board.
+    :param boot: this run's boot epoch, from :meth:`Store.count_boot`.
+    :param rng: for jitter.
+    :param join_secret: boards that hold the same one pair by themselves; None to pair with nobody.
+    """
+
+    def __init__(
+        self,
+        settings: config.Net,
+        *,
+        name: str,
+        identity: Identity,
+        store: Store,
+        boot: int,
+        handlers: Handlers,
+        rng: random.Random,
+        join_secret: JoinSecret | None,
+        timings: wire.Timings | None = None,
+        datagram_hook: DatagramHook | None = None,
+    ) -> None:
+        self.boot_epoch = boot
+        self.counters: Counter[str] = Counter()
+        self._settings = settings
+        self._name = name
+        self._identity = identity
+        self._store = store
+        self._handlers = handlers
+        self._rng = rng
+        self._secret = join_secret
+        self._timings = timings or wire.Timings()
+        self._hook = datagram_hook
+        self._sockets = Sockets()
+        self._tasks = Tasks()
+        self._budget = Budget()
+        self._peers: dict[BoardId, Peer] = {}
+        self._keepers: dict[BoardId, asyncio.Task[None]] = {}
+        self._links: dict[bytes, tuple[Link, Peer]] = {}
+        self._hints = Hints(kept=self._peers.__contains__)
+        self._discovery: Discovery | None = None
+        self._contexts: tls.Contexts | None = None
+        self._revoked: set[BoardId] = set()
+        self._half_open: dict[socket.socket, asyncio.Task[None]] = {}
+        self._rates = Rates(_CONNECTIONS_PER_S, _CONNECTIONS_BURST, limits.MAX_DISCOVERED)
+        self._pairings = 0
+        self._suits: dict[BoardId, str] = {}  # boards that this one tries to pair with: how it goes
+        self._courting = asyncio.Semaphore(_SUITS_AT_A_TIME)
+        self._trusting = asyncio.Lock()
+
+    @property
+    def port(self) -> int:
+        """TCP and UDP port; known once started."""
+        return self._sockets.port
+
+    # --- what the daemon calls
+
+    async def start(self) -> None:
+        """Take the port, and look for others from now on.
+
+        :raises AddressInUseError: if the port is taken.
+        :raises ConfigError: if an address or a seed cannot be used.
+        :raises StateError: if the store cannot be used.
+        """
+        seeds = [_parse_seed(seed) for seed in self._settings.seeds]
+        try:
+            self._sockets.bind(self._settings.listen, self._settings.port)
+            self._revoked = await asyncio.to_thread(self._store.revoked)
+            boards = await asyncio.to_thread(self._store.boards)
+            self._contexts = tls.make_contexts(self._identity, (b.certificate for b in boards))
+        except BaseException:
+            self._sockets.close()
+            raise
+        for board in boards:
+            self._add_peer(board)
+            self._handlers.on_paired(board.id, board.name)
+        self._sockets.receive(self._on_datagram)
+        self._tasks.spawn(self._listen(), "listen")
+        for host, port in seeds:
+            self._tasks.spawn(self._follow_seed(host, port), "seed")
+        if self._settings.mdns:
+            self._discovery = Discovery(
+                self._identity.board_id,
+                self.port,
+                self._settings.interfaces,
+                self._found,
+                self._gone,
+            )
+            self._discovery.start()
+        log.info(
+            "listening",
+            extra={"board": self._identity.board_id, "port": self.port, "paired": len(boards)},
+        )
+
+    async def stop(self) -> None:
+        """Send what can still be sent, within half a second, and close everything. No handler is
+        called after this."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                await self._flush()
+        if self._discovery is not None:
+            await self._discovery.stop()
+        await self._tasks.close()
+        for peer in self._peers.values():
+            peer.silence()
+        for sock in self._half_open:
+            sock.close()
+        self._sockets.close()
+
+    def send(self, to: BoardId, message: Message) -> None:
+        """Deliver ``message`` to a paired board, or call ``on_undelivered`` once, later. Hop
+        messages are sent if the board is there, and forgotten if not."""
+        peer = self._peers.get(to)
+        if peer is not None:
+            peer.send(message)
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._handlers.on_undelivered, to, message)
+
+    def devices(self) -> list[Device]:
+        """Every paired board, in the order of pairing, then those that were only heard of."""
+        paired = [self._paired_device(peer) for peer in self._peers.values()]
+        return paired + [self._pending_device(b) for b in self._hints if b not in self._peers]
+
+    async def unpair(self, board: BoardId, reason: str) -> None:
+        """Trust a board no longer, here and for good; its link is cut.
+
+        :raises StateError, DiskFullError: if that could not be written down; then it stays paired.
+        """
+        async with self._trusting:
+            if board not in self._peers:
+                return
+            await asyncio.to_thread(self._store.revoke, board)
+            self._revoked.add(board)
+            peer, keeper = self._peers.pop(board), self._keepers.pop(board)
+            self._pin()
+            keeper.cancel()
+            peer.drop()
+        log.warning("unpaired", extra={"board": board, "reason": reason})
+        self._handlers.on_unpaired(board, reason)
+
+    # --- trust
+
+    def _add_peer(self, board: PairedBoard) -> None:
+        peer = Peer(
+            board,
+            identity=self._identity,
+            boot=self.boot_epoch,
+            events=self._handlers,
+            budget=self._budget,
+            timings=self._timings,
+        )
+        self._peers[board.id] = peer
+        self._keepers[board.id] = self._tasks.spawn(
+            self._keep_linked(peer), f"keep linked {short(board.id)}"
+        )
+
+    def _pin(self) -> None:
+        self._contexts = tls.make_contexts(
+            self._identity, (p.board.certificate for p in self._peers.values())
+        )
+
+    def _check_trustable(self, board: BoardId) -> None:
+        if board == self._identity.board_id:
+            raise PairingError("a board does not pair with itself")
+        if board in self._revoked:
+            raise PairingError("the board was revoked here")
+        if board not in self._peers and len(self._peers) >= limits.MAX_GROUP_BOARDS - 1:
+            raise PairingError(f"the group is full ({limits.MAX_GROUP_BOARDS} boards)")
+
+    async def _trust(self, other: Candidate, addresses: tuple[Address, ...]) -> None:
+        """The board has proved itself. Done twice, it changes nothing."""
+        async with self._trusting:
+            if other.id in self._peers:
+                return
+            self._check_trustable(other.id)
+            board = PairedBoard(
+                other.id, other.public_key, other.certificate, other.name, addresses
+            )
+            await asyncio.to_thread(self._store.add, board)
+            log.info("paired", extra={"board": other.id, "board_name": other.name})
+            self._add_peer(board)
+            self._pin()
+            self._handlers.on_paired(board.id, board.name)
+
+    # --- hearing of boards
+
+    def _found(self, board: BoardId, addresses: tuple[Address, ...]) -> None:
+        if board == self._identity.board_id:
+            return
+        news = self._hints.put(board, addresses)
+        peer = self._peers.get(board)
+        if peer is None:
+            self._court()
+        elif news:
+            peer.changed.set()
+
+    def _gone(self, board: BoardId) -> None:
+        self._hints.drop(board)
+
+    async def _follow_seed(self, host: str, port: int) -> None:
+        """Find out who is at a seed, again and again while that board is not linked."""
+        loop = asyncio.get_running_loop()
+        wait = _SEED_S[0]
+        while True:
+            with contextlib.suppress(*_BREAKS, ProtocolError):
+                for info in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                    address: Address = (str(info[4][0]), port)
+                    board = await self._who_is_at(address)
+                    self._found(board, (address,))
+                    peer = self._peers.get(board)
+                    if peer is not None and peer.link is not None:
+                        wait = _SEED_S[1]
+            await asyncio.sleep(wait * self._rng.uniform(0.75, 1.25))
+            wait = min(2 * wait, _SEED_S[1])
+
+    async def _who_is_at(self, address: Address) -> BoardId:
+        connection = await tls.dial(address, self._tls.stranger, self._timings.handshake)
+        try:
+            return pairing.identify(connection.certificate or b"").id
+        finally:
+            await connection.close()
+
+    # --- pairing
+
+    def _court(self) -> None:
+        """Try to pair with whoever was heard of and is not paired, so many at a time."""
+        if self._secret is None:
+            return
+        for board in self._hints:
+            if len(self._suits) >= limits.MAX_SUITS:
+                return
+            if not (board in self._peers or board in self._suits or board in self._revoked):
+                self._suits[board] = "pairing"
+                self._tasks.spawn(self._suit(board, self._secret), f"pair {short(board)}")
+
+    async def _suit(self, board: BoardId, secret: JoinSecret) -> None:
+        """Try until the board is paired or no longer heard of. Slow down while it refuses."""
+        timings = self._timings
+        lost, refused = timings.retry_min, timings.refused_min
+        try:
+            if self._identity.board_id > board:  # both heard of each other; one call is enough
+                await asyncio.sleep(timings.yield_pairing * self._rng.uniform(1, 2))
+            while board not in self._peers and board in self._hints:
+                async with self._courting:
+                    proved_wrong = await self._propose(board, secret)
+                if board in self._peers:
+                    return
+                wait = refused if proved_wrong else lost
+                if proved_wrong:
+                    refused = min(2 * refused, timings.refused_max)
+                else:
+                    lost = min(2 * lost, timings.retry_max)
+                await asyncio.sleep(wait * self._rng.uniform(0.75, 1.25))
+        finally:
+            del self._suits[board]
+        self._court()
+
+    async def _propose(self, board: BoardId, secret: JoinSecret) -> bool:
+        """One try at each address; True if a board was there and would not pair."""
+        for address in self._hints.get(board):
+            try:
+                connection = await tls.dial(address, self._tls.stranger, self._timings.handshake)
+            except _BREAKS:
+                self._suits[board] = "it announces itself but does not answer"
+                continue
+            try:
+                async with asyncio.timeout(self._timings.pairing):
+                    member = pairing.identify(connection.certificate or b"")
+                    if member.id != board:
+                        self._suits[board] = "another board answers at its address"
+                        continue
+                    other = await pairing.join(
+                        connection, self._identity, secret, self._name, member
+                    )
+                await self._trust(other, (address,))
+                await connection.close()
+            except TimeoutError:
+                self._suits[board] = "it does not answer in time"
+            except _BREAKS:
+                self._suits[board] = "it refused: does it hold the same join secret?"
+                return True
+            except EdgemoaError as error:
+                self._suits[board] = str(error)
+                self._count(str(error), logging.WARNING, board)
+                return True
+            else:
+                return False
+            finally:
+                connection.abort()
+        return False
+
+    async def _admit(self, connection: tls.Connection) -> None:
+        """Somebody without a certificate called: it may pair, or nothing."""
+        secret = self._secret
+        if secret is None or self._pairings >= limits.MAX_PAIRINGS:
+            self._count("pairing request refused", logging.DEBUG)
+            return
+        self._pairings += 1
+        try:
+            async with asyncio.timeout(self._timings.pairing):
+                other = await pairing.admit(
+                    connection, self._identity, secret, self._name, self._check_trustable
+                )
+            await self._trust(other, ())
+        except _BREAKS:
+            self._count("pairing abandoned", logging.DEBUG)
+        except PeerError as error:
+            self._count(str(error), logging.WARNING)
+        except BoardError as error:
+            log.error("cannot pair: %s", error)  # noqa: TRY400
+        finally:
+            self._pairings -= 1
+
+    # --- connections
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, host = await self._sockets.accept()
+            except OSError as error:  # no descriptors left, for example
+                self._count(f"cannot accept: {error.strerror}", logging.WARNING)
+                await asyncio.sleep(0.1)
+                continue
+            if not self._rates.take(host, loop.time()):
+                self._count("too many connections from one address", logging.DEBUG)
+                sock.close()
+                continue
+            if len(self._half_open) >= limits.MAX_HALF_OPEN:
+                # The oldest makes room: it had the most time to say who it is.
+                oldest, task = next(iter(self._half_open.items()))
+                del self._half_open[oldest]
+                task.add_done_callback(functools.partial(_close_after, oldest))
+                task.cancel()
+                self._count("half-open connection dropped", logging.DEBUG)
+            self._half_open[sock] = self._tasks.spawn(self._serve(sock), f"serve {host}")
+
+    async def _serve(self, sock: socket.socket) -> None:
+        try:
+            connection = await tls.accept(sock, self._tls.server, self._timings.handshake)
+        except _BREAKS:
+            self._half_open.pop(sock, None)
+            self._count("TLS handshake failed", logging.DEBUG)
+            return
+        try:
+            if connection.certificate is None:
+                self._half_open.pop(sock, None)
+                await self._admit(connection)
+                await connection.close()
+                return
+            peer = self._peer_of(connection)
+            link = await self._greet(connection, peer)
+            self._half_open.pop(sock, None)
+            await self._run_link(link, peer)
+        except _BREAKS:
+            self._count("connection lost before HELLO", logging.DEBUG)
+        except PeerError as error:
+            self._count(str(error), logging.WARNING)
+        finally:
+            self._half_open.pop(sock, None)
+            connection.abort()
+
+    def _peer_of(self, connection: tls.Connection) -> Peer:
+        """The paired board whose very key is at the other end: that the certificate passed says
+        only that some pinned one stands behind it.
+
+        :raises PeerError: if it is none.
+        """
+        who = pairing.identify(connection.certificate or b"")
+        peer = self._peers.get(who.id)
+        if peer is None or peer.board.public_key != who.public_key:
+            raise PeerError("a connection under a key that is not paired")
+        return peer
+
+    async def _keep_linked(self, peer: Peer) -> None:
+        """Dial a paired board whenever there is no link to it."""
+        timings, uniform = self._timings, self._rng.uniform
+        wait = timings.retry_min
+        while True:
+            peer.changed.clear()
+            if peer.link is not None:
+                await peer.changed.wait()
+                wait = timings.retry_min
+                continue
+            if self._identity.board_id > peer.board.id:
+                await asyncio.sleep(timings.yield_dial * uniform(1, 2))
+            if await self._dial(peer):
+                wait = timings.retry_min
+            elif peer.link is None:
+                peer.changed.clear()  # a link that ended at once is no news
+            # Never faster than this, whatever is announced; sooner than planned if there is news.
+            await asyncio.sleep(timings.retry_min * uniform(0.5, 1))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait * uniform(0.75, 1.25)):
+                    await peer.changed.wait()
+            wait = min(2 * wait, timings.retry_max)
+
+    async def _dial(self, peer: Peer) -> bool:
+        """Try each address; where the board answers, serve the link until it ends. Returns whether
+        it lived long enough to call it one."""
+        loop = asyncio.get_running_loop()
+        addresses = dict.fromkeys([*self._hints.get(peer.board.id), *peer.board.addresses])
+        if not addresses:
+            peer.detail = peer.detail or "not heard of yet"
+        for address in addresses:
+            if peer.link is not None:
+                break
+            try:
+                connection = await tls.dial(address, self._tls.member, self._timings.handshake)
+            except ssl.SSLError:
+                peer.detail = "another board answers at its address"
+                continue
+            except _BREAKS:
+                peer.detail = "does not answer"
+                continue
+            try:
+                if self._peer_of(connection) is not peer:
+                    peer.detail = "another board answers at its address"
+                    continue
+                link = await self._greet(connection, peer)
+                since = loop.time()
+                await self._run_link(link, peer)
+                return loop.time() - since > _SETTLED_S
+            except _BREAKS:
+                peer.detail = "it answers, but does not accept this board: paired there?"
+            except PeerError as error:
+                peer.detail = str(error)
+                self._count(str(error), logging.WARNING, peer.board.id)
+            finally:
+                connection.abort()
+        return False
+
+    async def _greet(self, connection: tls.Connection, peer: Peer) -> Link:
+        own = wire.Hello(
+            versions=(wire.MIN_VERSION, wire.MAX_VERSION),
+            boot=self.boot_epoch,
+            secret=secrets.token_bytes(wire.SECRET_BYTES),
+            key_id=secrets.token_bytes(wire.KEY_ID_BYTES),
+            port=self.port,
+            name=self._name,
+        )
+        hello = await greet(connection, own, self._timings)
+        return Link(
+            connection,
+            own_id=self._identity.board_id,
+            peer_id=peer.board.id,
+            own=own,
+            hello=hello,
+            receiver=peer,
+            sendto=self._send_datagram,
+            timings=self._timings,
+        )
+
+    async def _run_link(self, link: Link, peer: Peer) -> None:
+        # Unpaired while the handshake was under way?
+        if self._peers.get(peer.board.id) is not peer or not peer.attach(link):
+            return
+        peer.detail = ""
+        self._links[link.key_id] = (link, peer)
+        self._tasks.spawn(self._remember(peer, link), "remember")
+        extra = {"board": peer.board.id, "address": link.connection.address[0]}
+        log.info("linked", extra=extra)
+        reason = "stopping"
+        try:
+            reason = await link.run()
+        finally:
+            del self._links[link.key_id]
+            peer.detach(link)
+            if peer.link is None:
+                peer.detail = reason
+            log.info("link ended", extra={**extra, "reason": reason})
+
+    async def _remember(self, peer: Peer, link: Link) -> None:
+        """Note where the board was and what it calls itself, if that is new."""
+        connection = link.connection
+        here = connection.address if connection.dialled else link.udp_address
+        addresses = tuple(dict.fromkeys([here, *peer.board.addresses]))[: limits.MAX_ADDRESSES]
+        board = replace(peer.board, name=wire.printable(link.hello.name), addresses=addresses)
+        if board == peer.board:
+            return
+        peer.board = board
+        try:
+            await asyncio.to_thread(self._store.seen, board.id, board.name, board.addresses)
+        except BoardError as error:
+            log.warning("cannot note where a board is: %s", error)
+
+    # --- datagrams
+
+    def _on_datagram(self, datagram: bytes) -> None:
+        known = self._links.get(datagram[: wire.KEY_ID_BYTES])
+        if known is None:  # anybody may send anything: no answer, no line in the log
+            self.counters["datagram of no link"] += 1
+            return
+        link, peer = known
+        try:
+            link.receive_datagram(datagram)
+        except ProtocolError as error:
+            self._count(str(error), logging.DEBUG, peer.board.id)
+
+    def _send_datagram(self, datagram: bytes, address: Address) -> None:
+        if self._hook is None:
+            self._sockets.send(datagram, address)
+        else:
+            for one in self._hook(datagram):
+                self._sockets.send(one, address)
+
+    # --- small things
+
+    @property
+    def _tls(self) -> tls.Contexts:
+        assert self._contexts is not None, "start() made it"  # noqa: S101
+        return self._contexts
+
+    def _count(self, what: str, level: int, board: BoardId | None = None) -> None:
+        """Count an event, and log it the 1st, 2nd, 4th, 8th ... time: strangers can cause some of
+        them as often as they like."""
+        self.counters[what] += 1
+        times = self.counters[what]
+        if times & (times - 1) == 0:
+            log.log(
+                level, "%s", what, extra={"times": times, **({"board": board} if board else {})}
+            )
+
+    async def _flush(self) -> None:
+        linked = [p for p in self._peers.values() if p.link is not None]
+        while any(p.outbox and p.link is not None for p in linked):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for peer in linked:
+            if peer.link is not None:
+                await peer.link.flush()
+
+    def _paired_device(self, peer: Peer) -> Device:
+        age = peer.heard_age()
+        where = peer.board.addresses or self._hints.get(peer.board.id)
+        return Device(
+            id=peer.board.id,
+            name=peer.board.name,
+            state="paired",
+            address=_show(where),
+            linked=peer.link is not None,
+            last_seen_age_ms=None if age is None else int(age * 1000),
+            detail=peer.detail,
+        )
+
+    def _pending_device(self, board: BoardId) -> Device:
+        if board in self._revoked:
+            detail = "revoked here"
+        elif self._secret is None:
+            detail = "no join secret is set on this board"
+        else:
+            detail = self._suits.get(board, "waiting for its turn to pair")
+        return Device(board, "", "pending", _show(self._hints.get(board)), False, None, detail)
+
+
+def _parse_seed(seed: str) -> Address:
+    host, colon, port = seed.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535):
+        raise ConfigError(f"'{seed}' is not a seed", hint='write "host:port", e.g. "pi4.lan:7946"')
+    return host.strip("[]"), int(port)
+
+
+def _show(addresses: tuple[Address, ...]) -> str:
+    if not addresses:
+        return ""
+    host, port = addresses[0]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _close_after(sock: socket.socket, _: asyncio.Task[None]) -> None:
+    sock.close()

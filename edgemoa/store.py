@@ -1,0 +1,223 @@
+"""What must survive a power cut: whom this board trusts, and how often it has started.
+
+One SQLite database in the state directory. Changes of trust are on the disk (``synchronous=FULL``)
+before the call returns; hints such as the last address seen may be lost in a power cut. The
+database is locked for as long as it is open, so that two daemons never share a state directory.
+
+Every method may block on the disk: call it in a thread. It may be any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edgemoa.core import limits
+from edgemoa.core.messages import BoardId
+from edgemoa.errors import DiskFullError, StateError
+
+FILE_NAME: Final = "edgemoa.db"
+SCHEMA_VERSION: Final = 1
+_BOOT_RANDOM_BITS: Final = 21
+_SCHEMA: Final = (
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
+    # position: the order of pairing, as boards have no clock.
+    # addresses: JSON [[host, port], ...], newest first.
+    "CREATE TABLE boards (position INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
+    " public_key BLOB NOT NULL, certificate BLOB NOT NULL, name TEXT NOT NULL,"
+    " addresses TEXT NOT NULL) STRICT",
+    "CREATE TABLE revoked (id TEXT PRIMARY KEY) STRICT",
+)
+
+Address = tuple[str, int]
+"""IP address as text, and port."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairedBoard:
+    """A board that this one trusts. ``addresses`` are where it was last, newest first."""
+
+    id: BoardId
+    public_key: bytes
+    certificate: bytes
+    name: str
+    addresses: tuple[Address, ...] = ()
+
+
+class Store:
+    """The database. :meth:`open` it before anything else."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._file = state_dir / FILE_NAME
+        self._database: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Open the database, making it on the first start.
+
+        :raises StateError: if it is damaged, of a newer version, or another daemon has it open.
+        :raises DiskFullError: if there is no room for it.
+        """
+        with self._errors():
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite would make it readable by others; its -wal file takes over the mode.
+            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
+            database = sqlite3.connect(
+                self._file, timeout=1.0, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare(database)
+            except BaseException:
+                database.close()
+                raise
+        self._database = database
+
+    def close(self) -> None:
+        """Close the database, if it is open."""
+        with self._lock, self._errors():
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+    def count_boot(self) -> int:
+        """A boot epoch for this start: grows with each, and is under 2**53.
+
+        The count alone would repeat itself when a storage image is rolled back, and other boards
+        would take the messages of this run for those of an earlier one: the low bits are random.
+        """
+        with self._transaction(durable=True) as database:
+            database.execute(
+                "INSERT INTO counters VALUES ('boot', 1)"
+                " ON CONFLICT (name) DO UPDATE SET value = value + 1"
+            )
+            row = database.execute("SELECT value FROM counters WHERE name = 'boot'").fetchone()
+            count = int(row[0])
+        return count << _BOOT_RANDOM_BITS | secrets.randbits(_BOOT_RANDOM_BITS)
+
+    def boards(self) -> list[PairedBoard]:
+        """Every paired board, in the order of pairing."""
+        with self._transaction(durable=False) as database:
+            rows = database.execute(
+                "SELECT id, public_key, certificate, name, addresses FROM boards ORDER BY position"
+            ).fetchall()
+        return [
+            PairedBoard(BoardId(i), k, c, n, tuple((str(h), int(p)) for h, p in json.loads(a)))
+            for i, k, c, n, a in rows
+        ]
+
+    def add(self, board: PairedBoard) -> None:
+        """Trust a board from now on; a known one keeps its place. Durable on return."""
+        with self._transaction(durable=True) as database:
+            database.execute(
+                "INSERT INTO boards (id, public_key, certificate, name, addresses)"
+                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+                " public_key = excluded.public_key, certificate = excluded.certificate,"
+                " name = excluded.name, addresses = excluded.addresses",
+                (
+                    board.id,
+                    board.public_key,
+                    board.certificate,
+                    board.name,
+                    _addresses(board.addresses),
+                ),
+            )
+
+    def revoke(self, board: BoardId) -> None:
+        """Trust a board no longer, whatever secret it holds. Durable on return."""
+        with self._transaction(durable=True) as database:
+            database.execute("DELETE FROM boards WHERE id = ?", (board,))
+            database.execute("INSERT OR IGNORE INTO revoked VALUES (?)", (board,))
+
+    def revoked(self) -> set[BoardId]:
+        """Every board that was trusted once and must not be again."""
+        with self._transaction(durable=False) as database:
+            return {BoardId(i) for (i,) in database.execute("SELECT id FROM revoked")}
+
+    def seen(self, board: BoardId, name: str, addresses: tuple[Address, ...]) -> None:
+        """Remember what a paired board calls itself and where it was. A power cut may undo it."""
+        with self._transaction(durable=False) as database:
+            database.execute(
+                "UPDATE boards SET name = ?, addresses = ? WHERE id = ?",
+                (name, _addresses(addresses), board),
+            )
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("BEGIN IMMEDIATE")  # takes the lock that is then kept
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StateError(
+                f"{self._file} was written by a newer edgemoa",
+                hint="upgrade edgemoa, or use another state directory",
+            )
+        if version == 0:
+            for statement in _SCHEMA:
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        database.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._errors():
+            database = self._database
+            if database is None:
+                raise StateError(f"{self._file} is not open")
+            database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's and the system's errors as ours, each with what to do next."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
+            if code == sqlite3.SQLITE_FULL:
+                raise self._disk_full() from error
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise StateError(
+                    f"{self._file} is in use by another edgemoa",
+                    hint="stop the other daemon, or give this one its own board.state_dir",
+                ) from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise StateError(
+                    f"{self._file} is damaged",
+                    hint="restore it, or move it away and pair this board again",
+                ) from error
+            raise StateError(
+                f"cannot use {self._file}: {error}",
+                hint="check that the state directory is writable and the disk is sound",
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._disk_full() from error
+            raise StateError(
+                f"cannot use {self._file}: {error.strerror}",
+                hint="check that the state directory exists and belongs to the daemon's user",
+            ) from error
+
+    def _disk_full(self) -> DiskFullError:
+        return DiskFullError(
+            f"no room to write {self._file}", hint="free some disk space and start again"
+        )
+
+
+def _addresses(addresses: tuple[Address, ...]) -> str:
+    return json.dumps(addresses[: limits.MAX_ADDRESSES])

@@ -1,0 +1,243 @@
+"""A second implementation of the wire's formats, written from ``edgemoa/PROTOCOL.md`` alone.
+
+It shares no code with the package, nor its msgpack library; the two only have the vectors in
+common. It decodes and checks; what it refuses, it names as the specification does.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import math
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+
+class RefusedError(Exception):
+    """The name of what is wrong."""
+
+
+MIB = 1 << 20
+KIB = 1 << 10
+INT, FLOAT, STR, LIST = int, float, str, list
+REQUEST_ID = (STR, 8, 64)
+LAYER = (INT, 1, 8)
+COUNT = (INT, 0, 2**31)
+MILLIS = (INT, 0, 2**40)
+NAME = (STR, 0, 64)
+TURN = {"role": ("system", "user", "assistant"), "content": (STR, 0, 256 * KIB)}
+SAMPLING: dict[str, Any] = {
+    "max_tokens": (INT, 1, 32_768, 256),
+    "temperature": (FLOAT, 0, 2, 0.0),
+    "top_p": (FLOAT, 5e-324, 1, 1.0),
+    "seed": (INT, 0, 2**31 - 1, 0),
+    "stop": (LIST, 0, 8, (STR, 1, 256), []),
+}
+MESSAGES: dict[str, dict[str, Any]] = {
+    "propose": {
+        "request_id": REQUEST_ID,
+        "layer": LAYER,
+        "messages": (LIST, 1, 512, TURN),
+        "sampling": SAMPLING,
+        "time_left_ms": MILLIS,
+    },
+    "queued": {
+        "request_id": REQUEST_ID,
+        "layer": LAYER,
+        "position": COUNT,
+        "expected_wait_ms": MILLIS,
+    },
+    "declined": {
+        "request_id": REQUEST_ID,
+        "layer": LAYER,
+        "reason": (STR, 0, 256),
+        "retry_after_ms": (*MILLIS, 0),
+    },
+    "proposal": {
+        "request_id": REQUEST_ID,
+        "layer": LAYER,
+        "text": (STR, 0, 64 * KIB),
+        "model": NAME,
+        "prompt_tokens": COUNT,
+        "tokens": COUNT,
+        "queue_ms": MILLIS,
+        "work_ms": MILLIS,
+        "finish": ("stop", "length"),
+    },
+    "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
+}
+
+
+def board_id(public_key: bytes) -> str:
+    digest = hashlib.sha256(public_key).digest()
+    check = hashlib.sha256(b"edgemoa/id/v1" + digest).digest()[:3]
+    return base64.b32encode(digest + check).decode().lower()
+
+
+def check_board_id(text: str) -> str:
+    try:
+        raw = base64.b32decode(text.upper())
+    except ValueError:
+        raw = b""
+    if (
+        text != text.lower()
+        or len(raw) != 35
+        or hashlib.sha256(b"edgemoa/id/v1" + raw[:32]).digest()[:3] != raw[32:]
+    ):
+        raise RefusedError("not a board's identity")
+    return text
+
+
+def key_id(public_key: bytes) -> bytes:
+    return hashlib.sha256(public_key).digest()[:8]
+
+
+def unpack(data: bytes, what: str) -> Any:
+    try:
+        return msgpack.unpackb(
+            data,
+            strict_map_key=False,
+            max_ext_len=0,
+            max_array_len=1024,
+            max_map_len=1024,
+            max_str_len=MIB,
+            max_bin_len=MIB,
+        )
+    except (ValueError, OverflowError, RecursionError, TypeError):
+        raise RefusedError(f"not a valid {what}") from None
+
+
+def fits(value: Any, rule: Any) -> Any:
+    """``value`` as ``rule`` describes it; TypeError or ValueError if it is not so."""
+    if isinstance(rule, dict):
+        if not isinstance(value, dict):
+            raise TypeError
+        return {name: field(value, name, rule[name]) for name in rule}
+    if isinstance(rule[0], str):
+        if value not in rule:
+            raise ValueError
+        return value
+    kind, low, high = rule[:3]
+    if kind is FLOAT and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError
+    size = value if kind in (INT, FLOAT) else len(value)
+    if not low <= size <= high or (kind is FLOAT and math.isnan(value)):
+        raise ValueError
+    return [fits(v, rule[3]) for v in value] if kind is LIST else value
+
+
+def array(value: Any, what: str, *rules: Any) -> list[Any]:
+    """The first elements of an array, one for each rule; later versions may add some."""
+    if type(value) is list and len(value) >= len(rules):
+        with contextlib.suppress(ValueError, TypeError):
+            return [fits(v, rule) for v, rule in zip(value, rules, strict=False)]
+    raise RefusedError(f"not a valid {what}")
+
+
+def field(value: dict[Any, Any], name: str, rule: Any) -> Any:
+    if name in value:
+        return fits(value[name], rule)
+    if isinstance(rule, tuple) and len(rule) == (5 if rule[0] is LIST else 4):
+        return rule[-1]
+    raise ValueError
+
+
+def open_envelope(data: bytes, authors: list[bytes], to: str, to_boot: int) -> dict[str, Any]:
+    if len(data) > MIB:
+        raise RefusedError("envelope over the size limit")
+    version, kind, key, payload, signature = array(
+        unpack(data, "envelope"),
+        "envelope",
+        (INT, 0, 255),
+        (STR, 1, 32),
+        (bytes, 8, 8),
+        (bytes, 0, MIB),
+        (bytes, 64, 64),
+    )
+    if version != 1:
+        raise RefusedError("envelope of unknown version")
+    if kind not in MESSAGES:
+        raise RefusedError("envelope of unknown type")
+    author = next((a for a in authors if key_id(a) == key), None)
+    if author is None:
+        raise RefusedError("envelope signed by an unknown key")
+    try:
+        signed = b"edgemoa/v1/" + kind.encode() + b"\0" + payload
+        Ed25519PublicKey.from_public_bytes(author).verify(signature, signed)
+    except InvalidSignature:
+        raise RefusedError("envelope with a wrong signature") from None
+    boot, sequence, meant, meant_boot, body = array(
+        unpack(payload, "payload"),
+        "payload",
+        (INT, 0, 2**53 - 1),
+        (INT, 1, 2**53 - 1),
+        (STR, 56, 56),
+        (INT, 0, 2**53 - 1),
+        (bytes, 0, MIB),
+    )
+    if (meant, meant_boot) != (to, to_boot):
+        raise RefusedError("envelope meant for another board or an earlier boot")
+    fields = unpack(body, f"{kind} message")
+    try:
+        fits(fields.get("type", kind), (kind,))
+        message = fits(fields, MESSAGES[kind])
+    except (ValueError, TypeError, AttributeError):
+        raise RefusedError(f"not a valid {kind} message") from None
+    return {"boot": boot, "sequence": sequence, "type": kind, "message": message}
+
+
+def direction_key(
+    sender: str, receiver: str, sender_secret: bytes, receiver_secret: bytes
+) -> bytes:
+    secrets = dict(sorted({sender: sender_secret, receiver: receiver_secret}.items()))
+    info = f"edgemoa/udp/v1\0{sender}\0{receiver}".encode()
+    return HKDF(SHA256(), 32, None, info).derive(b"".join(secrets.values()))
+
+
+def open_datagram(key: bytes, datagram: bytes) -> bytes:
+    if len(datagram) < 32:
+        raise RefusedError("datagram too short")
+    try:
+        return ChaCha20Poly1305(key).decrypt(
+            bytes(4) + datagram[8:16], datagram[16:], datagram[:16]
+        )
+    except InvalidTag:
+        raise RefusedError("datagram that does not decrypt") from None
+
+
+def join_key(text: str) -> bytes:
+    raw = base64.b32decode(text.removeprefix("edgemoa-join-").upper())
+    if len(raw) != 20 or hashlib.sha256(b"edgemoa/join/v1" + raw[:17]).digest()[:3] != raw[17:]:
+        raise RefusedError("not a join secret")
+    return HKDF(SHA256(), 32, None, b"edgemoa/pair/v1/secret").derive(raw[:17])
+
+
+def transcript(member_certificate: bytes, start: bytes, accept: bytes) -> bytes:
+    parts = (member_certificate, start, accept)
+    return hashlib.sha256(
+        b"edgemoa/pair/v1" + b"".join(len(p).to_bytes(4, "big") + p for p in parts)
+    ).digest()
+
+
+def check_proof(proof: bytes, key: bytes, role: str, digest: bytes, public_key: bytes) -> str:
+    fields = unpack(proof, "pairing proof")
+    if not hmac.compare_digest(
+        fields["mac"], hmac.new(key, role.encode() + digest, "sha256").digest()
+    ):
+        raise RefusedError("the other board holds another join secret")
+    signed = b"edgemoa/pair/v1/" + role.encode() + digest
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(fields["signature"], signed)
+    except InvalidSignature:
+        raise RefusedError("the other board does not hold the key that it shows") from None
+    return str(fields["name"])

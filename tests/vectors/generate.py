@@ -1,0 +1,368 @@
+"""Writes the test vectors beside it: ``python tests/vectors/generate.py``. Same bytes each time.
+
+Each file says what is right and what must be refused, and by which name. They change only when
+the protocol's version does.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import msgspec
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from edgemoa.core import envelope
+from edgemoa.core.messages import (
+    Cancel,
+    ChatMessage,
+    Declined,
+    Message,
+    Proposal,
+    Propose,
+    Queued,
+    Sampling,
+)
+from edgemoa.net import pairing, sealed
+from edgemoa.net.identity import Identity, make_certificate
+
+FOLDER = Path(__file__).parent
+BOOT, TO_BOOT = 3 << 21 | 1, 9 << 21 | 7
+
+Vectors = dict[str, Any]
+
+
+def key(name: str) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def identity(name: str) -> Identity:
+    private = key(name)
+    public = private.public_key().public_bytes_raw()
+    der = make_certificate(private).public_bytes(serialization.Encoding.DER)
+    return Identity(envelope.board_id(public), public, der, FOLDER, private)
+
+
+ANN, BOB, CID = identity("ann"), identity("bob"), identity("cid")
+
+MESSAGES: list[Message] = [
+    Propose(
+        "request-0001",
+        1,
+        (ChatMessage("system", "Be brief."), ChatMessage("user", "Why is the sky blue? 🌌")),
+        Sampling(max_tokens=64, temperature=0.7, top_p=0.9, seed=5, stop=("\n\n",)),
+        12_000,
+    ),
+    Queued("request-0001", 1, 2, 900),
+    Declined("request-0001", 1, "busy", 1500),
+    Proposal("request-0001", 2, "Rayleigh scattering.", "model", 20, 5, 100, 2000, "stop"),
+    Cancel("request-0001", 8),
+]
+
+
+def sign(kind: str, body: bytes, author: Identity = ANN, **other: Any) -> bytes:
+    return envelope.sign(
+        kind,
+        body,
+        key=other.get("key", envelope.key_id(author.public_key)),
+        signer=author.sign,
+        boot=other.get("boot", BOOT),
+        sequence=other.get("sequence", 1),
+        to=other.get("to", BOB.board_id),
+        to_boot=other.get("to_boot", TO_BOOT),
+    )
+
+
+def repacked(data: bytes, **changes: Any) -> bytes:
+    parts = msgpack.unpackb(data)
+    for name, value in changes.items():
+        parts[("version", "type", "key", "payload", "signature").index(name)] = value
+    return bytes(msgpack.packb(parts))
+
+
+def payload(data: bytes) -> bytes:
+    """ANN's envelope around a payload of any bytes."""
+    signed = b"edgemoa/v1/cancel\0" + data
+    parts = [1, "cancel", envelope.key_id(ANN.public_key), data, ANN.sign(signed)]
+    return bytes(msgpack.packb(parts))
+
+
+def body(kind: str, **changes: Any) -> bytes:
+    """A message's bytes with some fields changed; None removes one."""
+    message = next(m for m in MESSAGES if envelope.encode(m)[0] == kind)
+    fields = msgspec.to_builtins(message) | changes
+    return bytes(msgpack.packb({k: v for k, v in fields.items() if v is not None}))
+
+
+def identities() -> Vectors:
+    bob = BOB.board_id
+    return {
+        "good": [
+            {
+                "name": name,
+                "private_key": hashlib.sha256(name.encode()).hexdigest(),
+                "public_key": board.public_key.hex(),
+                "board_id": board.board_id,
+                "key_id": envelope.key_id(board.public_key).hex(),
+                "certificate": board.certificate.hex(),
+            }
+            for name, board in (("ann", ANN), ("bob", BOB), ("cid", CID))
+        ],
+        "bad": [
+            {"name": name, "board_id": text, "error": "not a board's identity"}
+            for name, text in (
+                ("empty", ""),
+                ("short", bob[:-1]),
+                ("long", bob + "a"),
+                ("upper case", bob.upper()),
+                ("one character changed", ("b" if bob[0] == "a" else "a") + bob[1:]),
+                ("last character changed", bob[:-1] + ("b" if bob[-1] == "a" else "a")),
+                ("not base32", "1" + bob[1:]),
+                ("not ASCII", "é" + bob[1:]),
+            )
+        ],
+    }
+
+
+def envelopes() -> Vectors:
+    good: list[Vectors] = []
+    for sequence, message in enumerate(MESSAGES, 1):
+        kind, data = envelope.encode(message)
+        good.append(
+            {
+                "name": kind,
+                "envelope": sign(kind, data, sequence=sequence).hex(),
+                "boot": BOOT,
+                "sequence": sequence,
+                "type": kind,
+                "message": {k: v for k, v in msgspec.to_builtins(message).items() if k != "type"},
+            }
+        )
+    cancel = {"request_id": "request-0001", "layer": 8}
+
+    def also(name: str, data: bytes, kind: str = "cancel", message: Any = None) -> None:
+        good.append(
+            {
+                "name": name,
+                "envelope": data.hex(),
+                "boot": BOOT,
+                "sequence": 1,
+                "type": kind,
+                "message": message or cancel,
+            }
+        )
+
+    also("unknown field", sign("cancel", body("cancel", later=[1, {"a": b"x"}])))
+    also("without type", sign("cancel", body("cancel", type=None)))
+    also(
+        "defaults",
+        sign("declined", body("declined", retry_after_ms=None)),
+        "declined",
+        {"request_id": "request-0001", "layer": 1, "reason": "busy", "retry_after_ms": 0},
+    )
+    also(
+        "longer integers than needed",
+        sign(
+            "cancel",
+            body("cancel", layer=None).replace(b"\x82", b"\x83", 1) + b"\xa5layer\xce\0\0\0\x08",
+        ),
+    )
+    also(
+        "a key twice: the last counts",
+        sign("cancel", b"\x83\xa5layer\x01" + body("cancel", type=None)[1:]),
+    )
+    fine = sign(*envelope.encode(MESSAGES[-1]))
+    start = body("cancel", layer=None).replace(b"\x82", b"\x83", 1) + b"\xa5layer"
+    bad = [
+        ("empty", b"", "not a valid envelope"),
+        ("not an array", msgpack.packb({"a": 1}), "not a valid envelope"),
+        ("array of 2**32 - 1", b"\xdd\xff\xff\xff\xff", "not a valid envelope"),
+        ("map of 2**32 - 1", b"\xdf\xff\xff\xff\xff", "not a valid envelope"),
+        ("trailing byte", fine + b"\0", "not a valid envelope"),
+        ("truncated", fine[:-1], "not a valid envelope"),
+        ("1000 levels deep", b"\x91" * 1000 + b"\xc0", "not a valid envelope"),
+        ("a timestamp", msgpack.packb(msgpack.Timestamp(1, 1)), "not a valid envelope"),
+        ("version is a bool", repacked(fine, version=True), "not a valid envelope"),
+        ("payload is a string", repacked(fine, payload="abc"), "not a valid envelope"),
+        ("short key id", repacked(fine, key=b"1234567"), "not a valid envelope"),
+        ("short signature", repacked(fine, signature=bytes(63)), "not a valid envelope"),
+        ("later version", repacked(fine, version=2), "envelope of unknown version"),
+        ("unknown type", sign("later", body("cancel")), "envelope of unknown type"),
+        ("hop message", sign("alive", body("cancel")), "envelope of unknown type"),
+        (
+            "unknown key",
+            sign(*envelope.encode(MESSAGES[-1]), CID),
+            "envelope signed by an unknown key",
+        ),
+        ("wrong signature", repacked(fine, signature=bytes(64)), "envelope with a wrong signature"),
+        (
+            "right signature, other type",
+            repacked(fine, type="queued"),
+            "envelope with a wrong signature",
+        ),
+        (
+            "another's key id",
+            sign(*envelope.encode(MESSAGES[-1]), CID, key=envelope.key_id(ANN.public_key)),
+            "envelope with a wrong signature",
+        ),
+        ("payload not an array", payload(b"\x80"), "not a valid payload"),
+        ("payload truncated", payload(b"\x95\x01"), "not a valid payload"),
+        ("sequence 0", sign("cancel", body("cancel"), sequence=0), "not a valid payload"),
+        ("negative boot", sign("cancel", body("cancel"), boot=-1), "not a valid payload"),
+        ("short recipient", sign("cancel", body("cancel"), to="bob"), "not a valid payload"),
+        (
+            "for another board",
+            sign("cancel", body("cancel"), to=CID.board_id),
+            "envelope meant for another board or an earlier boot",
+        ),
+        (
+            "for an earlier boot",
+            sign("cancel", body("cancel"), to_boot=TO_BOOT - 1),
+            "envelope meant for another board or an earlier boot",
+        ),
+    ]
+    sampling = {"max_tokens": 1, "temperature": float("nan")}
+    for name, kind, changed in (
+        ("missing field", "cancel", body("cancel", layer=None)),
+        ("bool for int", "cancel", body("cancel", layer=True)),
+        ("float for int", "cancel", body("cancel", layer=1.0)),
+        ("string for int", "cancel", body("cancel", layer="1")),
+        ("bytes for string", "cancel", body("cancel", request_id=b"request-0001")),
+        ("invalid UTF-8", "cancel", start.replace(b"0001", b"00\xc3\x28") + b"\x01"),
+        ("extension for int", "cancel", start + b"\xd4\x05\0"),
+        ("out of range", "cancel", body("cancel", layer=9)),
+        ("too short", "cancel", body("cancel", request_id="short")),
+        ("too long", "cancel", body("cancel", request_id="x" * 65)),
+        ("another type inside", "cancel", body("cancel", type="queued")),
+        ("not a map", "cancel", b"\x93\x01\x02\x03"),
+        ("NaN", "propose", body("propose", sampling=sampling)),
+        ("infinity", "propose", body("propose", sampling={"temperature": float("inf")})),
+        ("above 0 only", "propose", body("propose", sampling={"top_p": 0})),
+        ("unknown role", "propose", body("propose", messages=[{"role": "x", "content": ""}])),
+        ("no turns", "propose", body("propose", messages=[])),
+        ("turns are a map", "propose", body("propose", messages={})),
+        ("513 turns", "propose", body("propose", messages=[{"role": "user", "content": ""}] * 513)),
+    ):
+        bad.append((name, sign(kind, changed), f"not a valid {kind} message"))
+    return {
+        "authors": [ANN.public_key.hex()],
+        "to": BOB.board_id,
+        "to_boot": TO_BOOT,
+        "good": good,
+        "bad": [{"name": n, "envelope": d.hex(), "error": e} for n, d, e in bad],
+    }
+
+
+def datagrams() -> Vectors:
+    ann_secret, bob_secret = b"A" * 32, b"B" * 32
+    forth = sealed.direction_key(ANN.board_id, BOB.board_id, ann_secret, bob_secret)
+    back = sealed.direction_key(BOB.board_id, ANN.board_id, bob_secret, ann_secret)
+    sealer = sealed.Sealer(forth, b"bob's id")
+    plaintexts = [b"\x03" + bytes(7) + b"\x05", b"", b"x" * sealed.MAX_PLAINTEXT_BYTES]
+    good = [{"plaintext": p.hex(), "datagram": sealer.seal(p).hex()} for p in plaintexts]
+    fine = bytes.fromhex(good[0]["datagram"])
+    failed = "datagram that does not decrypt"
+    bad = [
+        ("too short", fine[:31], "datagram too short"),
+        ("truncated", fine[:-1], failed),
+        ("other counter", fine[:15] + b"\x09" + fine[16:], failed),
+        ("other key id", b"ann's id" + fine[8:], failed),
+        ("changed", fine[:-1] + bytes([fine[-1] ^ 1]), failed),
+        ("other direction", sealed.Sealer(back, b"bob's id").seal(plaintexts[0]), failed),
+    ]
+    return {
+        "sender": ANN.board_id,
+        "receiver": BOB.board_id,
+        "sender_secret": ann_secret.hex(),
+        "receiver_secret": bob_secret.hex(),
+        "receiver_key_id": b"bob's id".hex(),
+        "key": forth.hex(),
+        "key_back": back.hex(),
+        "good": good,
+        "bad": [{"name": n, "datagram": d.hex(), "error": e} for n, d, e in bad],
+    }
+
+
+def pairings() -> Vectors:
+    raw = bytes(range(17))
+    check = hashlib.sha256(b"edgemoa/join/v1" + raw).digest()[:3]
+    text = "edgemoa-join-" + base64.b32encode(raw + check).decode().lower()
+    secret = pairing.parse_join_secret(text)
+    start = pairing._encode(pairing._Start((1, 1), b"j" * 32, ANN.certificate))
+    accept = pairing._encode(pairing._Accept(1, b"m" * 32))
+    digest = pairing._transcript(BOB.certificate, start, accept)
+    joiner = pairing._encode(pairing._prove(ANN, secret, b"J", digest))
+    member = pairing._encode(pairing._prove(BOB, secret, b"M", digest, "bob"))
+    middle = pairing._transcript(CID.certificate, start, accept)
+    other = "the other board holds another join secret"
+    wrong_key = "the other board does not hold the key that it shows"
+    posing = pairing._encode(pairing._prove(CID, secret, b"J", digest))
+    return {
+        "join_secret": text,
+        "key": secret.key.hex(),
+        "joiner": ANN.public_key.hex(),
+        "member": BOB.public_key.hex(),
+        "member_certificate": BOB.certificate.hex(),
+        "start": start.hex(),
+        "accept": accept.hex(),
+        "transcript": digest.hex(),
+        "good": [
+            {"role": "J", "proof": joiner.hex(), "name": ""},
+            {"role": "M", "proof": member.hex(), "name": "bob"},
+        ],
+        "bad": [
+            {"name": n, "role": r, "proof": p.hex(), "error": e}
+            for n, r, p, e in (
+                ("reflected", "M", joiner, other),
+                (
+                    "a man in the middle's certificate",
+                    "J",
+                    pairing._encode(pairing._prove(ANN, secret, b"J", middle)),
+                    other,
+                ),
+                (
+                    "another secret",
+                    "J",
+                    pairing._encode(
+                        pairing._prove(ANN, pairing.JoinSecret(bytes(32)), b"J", digest)
+                    ),
+                    other,
+                ),
+                ("another's key", "J", posing, wrong_key),
+            )
+        ],
+        "bad_secrets": [
+            {"name": n, "join_secret": s}
+            for n, s in (
+                ("empty", ""),
+                ("made up by a person", "correct horse battery staple"),
+                ("made up, with the prefix", "edgemoa-join-correcthorsebatterystaple"),
+                ("one character changed", text[:-1] + ("a" if text[-1] != "a" else "b")),
+                ("too short", text[:-1]),
+                ("too long", text + "a"),
+                ("without prefix", text.removeprefix("edgemoa-join-")),
+            )
+        ],
+    }
+
+
+FILES = {
+    "identity.json": identities,
+    "envelope.json": envelopes,
+    "datagram.json": datagrams,
+    "pairing.json": pairings,
+}
+
+
+def rendered(name: str) -> str:
+    return json.dumps(FILES[name](), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for file in FILES:
+        (FOLDER / file).write_text(rendered(file), encoding="utf-8")
