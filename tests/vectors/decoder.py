@@ -13,7 +13,7 @@ import hmac
 import math
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
