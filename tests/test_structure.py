@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from free_loop import BlockedError, free_loop
+
+from edgemoa.store import Store
 
 ROOT = Path(__file__).parents[1] / "edgemoa"
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -87,3 +91,11 @@ def test_heavy_imports_are_put_off(module: str, heavy: set[str]) -> None:
         check=True,
     ).stdout.split()
     assert not heavy & set(loaded)
+
+
+def test_blocking_the_event_loop_is_noticed(tmp_path: Path) -> None:
+    async def open_a_database() -> None:
+        Store(tmp_path).open()
+
+    with free_loop(), pytest.raises(BlockedError, match="in the event loop"):
+        asyncio.run(open_a_database())

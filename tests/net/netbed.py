@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blockbuster import blockbuster_ctx
+from free_loop import free_loop
 
 from edgemoa import config
 from edgemoa.core.messages import BoardId, Cancel, ChatMessage, Message, Propose, Sampling
@@ -181,7 +181,7 @@ def run(folder: Path, test: Callable[[Bed], Coroutine[Any, Any, None]]) -> None:
     errors = _Errors()
     logging.getLogger().addHandler(errors)
     try:
-        with blockbuster_ctx("edgemoa"):
+        with free_loop():
             asyncio.run(whole())
     finally:
         logging.getLogger().removeHandler(errors)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -41,6 +42,7 @@ def test_fifty_boards_in_a_storm_bit_for_bit() -> None:
         capture_output=True,
         text=True,
         check=True,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONHASHSEED": "4711"},
     ).stdout.strip()
     assert again == first.digest
