@@ -33,7 +33,7 @@ class Sampler:
 
         Raises :class:`EngineError` where the model computed no numbers (NaN or infinity).
         """
-        best = int(logits.argmax())  # NaN counts as the largest
+        best = int(np.argmax(logits))  # NaN counts as the largest
         peak = logits[best]
         if not np.isfinite(peak):
             raise EngineError("The model computed no valid numbers.")

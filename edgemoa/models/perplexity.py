@@ -92,8 +92,7 @@ def negative_log_likelihood(
     highest = logits.max(axis=-1, keepdims=True)
     partition = np.exp(logits - highest).sum(axis=-1, dtype=np.float64)
     chosen = np.take_along_axis(logits, targets[:, None], axis=-1)
-    result: NDArray[np.float64] = np.log(partition) + highest[:, 0] - chosen[:, 0]
-    return result
+    return np.asarray(np.log(partition) + highest[:, 0] - chosen[:, 0], np.float64)
 
 
 class Scorer:
