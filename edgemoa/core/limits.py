@@ -44,7 +44,8 @@ MAX_PROPOSERS: Final = 16
 MAX_COMPLETION_TOKENS: Final = 32_768
 MAX_OWN_REQUESTS: Final = 1024  # what the configuration may ask for at most
 MAX_PEER_JOBS: Final = 1024
-MAX_REMEMBERED_RESULTS: Final = 256  # a proposer's answers, kept to answer a repeated question
+MAX_REMEMBERED_RESULTS: Final = 32  # answers to one board, kept to answer a repeated question
+MAX_PEER_JOB_MS: Final = 3_600_000  # a peer's job is dropped then, whatever its owner says
 MAX_JOB_ATTEMPTS: Final = 2  # a request that the model process died on is tried once more
 
 # The local API

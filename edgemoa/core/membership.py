@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from edgemoa.core.messages import Alive, BoardId
+from edgemoa.core.messages import Alive, BoardId, printable
 
 HEARTBEAT_MS: Final = 1_000
 SUSPECT_AFTER_MS: Final = 3_500  # three heartbeats lost
@@ -73,6 +73,7 @@ class Membership:
 
     def silence(self, board: BoardId) -> None:
         """Do not pick ``board`` any more, whatever was heard from it."""
+        self.peers[board].report = None
         self._move(self.peers[board], _LEFT)
 
     def unpair(self, board: BoardId) -> None:
@@ -88,21 +89,25 @@ class Membership:
     def report(self, board: BoardId, report: Alive) -> bool:
         """Take a heartbeat; returns whether the board has restarted since the one before.
 
-        An older report than the one at hand, as a late datagram brings it, changes nothing.
+        An older report of the same boot, as a late datagram brings it, changes nothing. One of
+        another boot is believed whatever its number (a storage image may have been rolled back):
+        it came over a link, and links do not outlive the boot at their other end.
         """
         peer = self.peers[board]
         last = peer.report
-        if last is not None and (report.boot, report.sequence) <= (last.boot, last.sequence):
+        restarted = last is not None and report.boot != last.boot
+        if last is not None and not restarted and report.sequence <= last.sequence:
             return False
         peer.report = report
-        peer.name = report.name or peer.name
-        return last is not None and report.boot != last.boot
+        peer.name = printable(report.name) or peer.name
+        return restarted
 
     def left(self, board: BoardId, boot: int) -> bool:
         """The board said good-bye; returns whether that was news (not a late one of last time)."""
         peer = self.peers[board]
-        if peer.report is not None and boot < peer.report.boot:
+        if peer.report is not None and boot != peer.report.boot:
             return False
+        peer.report = None  # what else it said before it left does not make it usable again
         self._move(peer, _LEFT)
         return True
 

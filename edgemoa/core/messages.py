@@ -120,6 +120,11 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     layer: Layer
 
 
+def printable(text: str) -> str:
+    """``text`` without what a terminal or a log would act on, line ends included."""
+    return "".join(c for c in text if c.isprintable())
+
+
 Message: TypeAlias = Alive | Leave | Propose | Queued | Declined | Proposal | Cancel
 
 HOP_MESSAGES = (Alive, Leave)

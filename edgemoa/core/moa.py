@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, Protocol, TypeAlias
 
 from edgemoa.core import limits
-from edgemoa.core.events import Granted, LeftOut, ProposalRecord, Request
-from edgemoa.core.messages import BoardId, ChatMessage
+from edgemoa.core.events import Finish, Granted, LeftOut, ProposalRecord, Request
+from edgemoa.core.messages import BoardId, ChatMessage, Sampling
 
 PROPOSALS, REQUEST = "{proposals}", "{request}"
 AGGREGATION_PROMPT: Final = (
@@ -29,16 +29,51 @@ read, so the instruction is short and the request stands at the end once more.""
 REPEATED_CHARACTERS: Final = 1_000  # a longer request is referred to, not repeated
 FRAME_TOKENS: Final = 32  # what is put around one proposal: quotation marks, blank lines
 SHORTEST_SHARE_TOKENS: Final = 16  # a proposal cut below this says nothing any more
+SHORTEST_SHARE_BYTES: Final = 64
+MOST_BYTES_PER_TOKEN: Final = 16  # in running text; who claims more has miscounted
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A proposal's text, as a strategy sees it."""
+    """A proposal's text, as a strategy sees it. ``tokens`` is its author's word, made plausible."""
 
     board: BoardId
     text: str
     tokens: int
     own: bool
+    finish: Finish = "stop"
+
+    @classmethod
+    def of(cls, board: BoardId, text: str, tokens: int, finish: Finish, *, own: bool) -> Draft:
+        """What ``board`` wrote, without its reasoning."""
+        text = without_reasoning(text)
+        least = len(text.encode()) // MOST_BYTES_PER_TOKEN
+        return cls(board, text, max(tokens, least, 1), own, finish)
+
+    def as_answer(self, sampling: Sampling) -> Draft:
+        """The draft within the bounds that the user set for the answer."""
+        text, finish = self.text, self.finish
+        for stop in sampling.stop:
+            if stop in text:
+                text, finish = text[: text.index(stop)], "stop"
+        if self.tokens > sampling.max_tokens:
+            text, finish = text[: len(self.text) * sampling.max_tokens // self.tokens], "length"
+        tokens = min(self.tokens, sampling.max_tokens)
+        return Draft(self.board, text, tokens, self.own, finish)
+
+    def is_what_was_asked(self, sampling: Sampling) -> bool:
+        """Whether the model, asked for the answer itself, would have written this very text.
+
+        That is so for the owner's draft, which is greedy, where the user asked for greedy, too,
+        and neither stop strings nor the length would have cut it elsewhere.
+        """
+        ended = self.finish == "stop" and self.tokens <= sampling.max_tokens
+        return (
+            self.own
+            and sampling.temperature == 0
+            and (ended or self.tokens == sampling.max_tokens)
+            and not any(stop in self.text for stop in sampling.stop)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,26 +144,37 @@ class Synthesis:
         self, conversation: Sequence[ChatMessage], previous: Sequence[Draft], room: Room
     ) -> tuple[ChatMessage, ...]:
         """The conversation itself in the first layer, with the previous answers after that."""
-        return self._with_drafts(conversation, fit(previous, room))
+        return self._with_drafts(conversation, previous, room).messages
 
     def conclude(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
     ) -> Conclusion:
         """Write from all proposals; a single one, the owner's own, is already the answer."""
         if len(drafts) == 1 and drafts[0].own:
-            return Give(drafts[0], "no peer's proposal arrived; this is the board's own answer")
-        fitting = fit(drafts, room)
-        return Write(self._with_drafts(conversation, fitting), len(fitting))
+            return Give(drafts[0], "no peer's proposal arrived: the board's own answer")
+        return self._with_drafts(conversation, drafts, room)
 
     def fall_back(self, drafts: Sequence[Draft]) -> Draft | None:
         """The owner's own (it is the greedy one), else the first that arrived."""
         return next((draft for draft in drafts if draft.own), drafts[0] if drafts else None)
 
     def _with_drafts(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+    ) -> Write:
+        """The conversation with as much of the drafts as there is room for.
+
+        What stands around them counts, too: the whole is measured, and made again of less.
+        """
+        while fitting := fit(drafts, room):
+            messages = self._compose(conversation, fitting)
+            if size_bytes(messages) <= limits.MAX_PROMPT_BYTES:
+                return Write(messages, len(fitting))
+            room = room.half()
+        return Write(tuple(conversation), 0)
+
+    def _compose(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft]
     ) -> tuple[ChatMessage, ...]:
-        if not drafts:
-            return tuple(conversation)
         *before, last = conversation
         quoted = "\n\n".join("> " + draft.text.replace("\n", "\n> ") for draft in drafts)
         short = len(last.content) <= REPEATED_CHARACTERS
@@ -138,6 +184,11 @@ class Synthesis:
 
 
 _PLACEHOLDER = re.compile(f"{re.escape(PROPOSALS)}|{re.escape(REQUEST)}")
+
+
+def size_bytes(messages: Sequence[ChatMessage]) -> int:
+    """What a conversation's texts take up, in UTF-8."""
+    return sum(len(message.content.encode()) for message in messages)
 
 
 def fit(drafts: Sequence[Draft], room: Room) -> list[Draft]:
@@ -154,7 +205,8 @@ def fit(drafts: Sequence[Draft], room: Room) -> list[Draft]:
         sizes = _shares([len(draft.text.encode()) for draft in kept], room.bytes)
         if all(
             share >= min(SHORTEST_SHARE_TOKENS, draft.tokens)
-            for draft, share in zip(kept, tokens, strict=True)
+            and size >= min(SHORTEST_SHARE_BYTES, len(draft.text.encode()))
+            for draft, share, size in zip(kept, tokens, sizes, strict=True)
         ):
             return [
                 _shorten(draft, share, size)
@@ -181,7 +233,7 @@ def _shorten(draft: Draft, tokens: int, size_bytes: int) -> Draft:
     text = draft.text[:characters].encode()[:size_bytes].decode(errors="ignore")
     cut = max(text.rfind(" "), text.rfind("\n"))
     text = text[:cut] if cut > len(text) // 2 else text
-    return Draft(draft.board, f"{text} […]", min(tokens, draft.tokens), draft.own)
+    return replace(draft, text=f"{text} […]", tokens=min(tokens, draft.tokens))
 
 
 _REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL)
@@ -236,6 +288,7 @@ class Run:
     drafts: list[Draft] = field(default_factory=list)  # of this layer
     records: list[ProposalRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     room: Room = Room(0)
     told: str = ""  # what the client has been given of the answer
     attempt: str = ""  # what the running attempt has written of it

@@ -7,11 +7,13 @@ simulator drive this same class.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeAlias
+
+import msgspec
 
 from edgemoa.core import limits
 from edgemoa.core.events import (
@@ -50,6 +52,7 @@ from edgemoa.core.messages import (
     Propose,
     Queued,
     Sampling,
+    printable,
 )
 from edgemoa.core.moa import (
     Draft,
@@ -59,7 +62,8 @@ from edgemoa.core.moa import (
     State,
     Strategy,
     Synthesis,
-    without_reasoning,
+    Write,
+    size_bytes,
 )
 from edgemoa.core.queueing import Work, WorkQueue
 
@@ -118,9 +122,10 @@ class Node:
         self._next_job_id = 1
         self._sequence = 0
         self._heartbeat_ms = 0
-        # Finished and called-off work of peers: a repeated question gets the same answer again,
-        # and one that was called off before it arrived is not begun.
-        self._results: OrderedDict[WorkKey, Proposal | Declined] = OrderedDict()
+        self._stopped = False
+        # Finished and called-off work, by who asked: a repeated question gets the same answer
+        # again, and one that was called off before it arrived is not begun.
+        self._results: defaultdict[BoardId, dict[WorkKey, Proposal | Declined]] = defaultdict(dict)
 
     # --- the local user
 
@@ -128,12 +133,11 @@ class Node:
         """Accept a prompt, or refuse it with a reason; the client hears which as first event."""
         if request.request_id in self.runs:
             raise ValueError("a request id is used once")
-        if self.draining:
-            return self._refuse(request, Failed("unavailable", "this board is shutting down"))
-        if len(self.runs) >= self.settings.own_requests:
-            wait_ms = max(self.queue.expected_wait_ms() // max(len(self.runs), 1), 1_000)
-            reason = f"{len(self.runs)} prompts are being worked on, which is this board's bound"
-            return self._refuse(request, Failed("overloaded", reason, wait_ms))
+        refusal = self.refusal()
+        if refusal is not None:
+            self.counters.refused += 1
+            self._effects.append(Tell(request.request_id, refusal))
+            return self._flush()
         granted = self._grant(request)
         run = Run(request, granted, now_ms, now_ms + request.deadline_ms)
         run.room = self._room(request)
@@ -145,6 +149,16 @@ class Node:
         else:
             self._conclude(run, now_ms)
         return self._settle(now_ms)
+
+    def refusal(self) -> Failed | None:
+        """Why a prompt would not be accepted now; None if it would be."""
+        if self.draining:
+            return Failed("unavailable", "this board is shutting down")
+        if len(self.runs) >= self.settings.own_requests:
+            wait_ms = max(self.queue.expected_wait_ms() // max(len(self.runs), 1), 1_000)
+            reason = f"{len(self.runs)} prompts are being worked on, which is this board's bound"
+            return Failed("overloaded", reason, wait_ms)
+        return None
 
     def cancel(self, request_id: str, now_ms: int) -> list[Effect]:
         """The client no longer wants the answer: stop everything that works for it."""
@@ -167,6 +181,7 @@ class Node:
             self.members.silence(board)
             self._void(board, "no longer paired", now_ms)
             self.members.unpair(board)
+            self._results.pop(board, None)
         return self._settle(now_ms)
 
     def receive(self, sender: BoardId, message: Message, now_ms: int) -> list[Effect]:
@@ -202,7 +217,8 @@ class Node:
             case Cancel(request_id=request_id, layer=layer):
                 key = (sender, request_id, layer)
                 self._drop(lambda work: _key(work) == key)
-                self._remember(key, Declined(request_id, layer, "called off"))
+                if key not in self._results[sender]:
+                    self._remember(key, Declined(request_id, layer, "called off"))
         return self._settle(now_ms)
 
     def undelivered(self, to: BoardId, message: Message, now_ms: int) -> list[Effect]:
@@ -231,7 +247,7 @@ class Node:
         for work in spent:
             self._work_failed(work, WorkFailed("the model process died on it twice"), now_ms)
         for run in self.runs.values():
-            run.attempt = ""
+            run.attempt, run.pieces = "", 0
         self._heartbeat(self.members.peers)
         return self._settle(now_ms)
 
@@ -264,6 +280,8 @@ class Node:
 
     def tick(self, now_ms: int) -> list[Effect]:
         """Do what is due by now; harmless when called early or late."""
+        if self._stopped:
+            return []
         if now_ms >= self._heartbeat_ms:
             self._heartbeat_ms = now_ms + HEARTBEAT_MS
             self._heartbeat(self.members.peers)
@@ -308,6 +326,7 @@ class Node:
             self._decline(_key(work), "this board is shutting down")
         for board in self.members.peers:
             self._send(board, Leave(self.settings.boot))
+        self._stopped = True
         return self._flush()
 
     @property
@@ -338,16 +357,19 @@ class Node:
         """Tokens that proposals may take beside the conversation and the answer to come."""
         context = self.engine.context_tokens if self.engine else 0
         answer = min(request.sampling.max_tokens, max(ANSWER_ROOM_TOKENS, context // 4))
-        spent = sum(len(message.content.encode()) for message in request.messages)
         return Room(
             tokens=max(context - request.prompt_tokens - answer, 0),
-            bytes=max(limits.MAX_PROMPT_BYTES - spent, 0),
+            bytes=max(limits.MAX_PROMPT_BYTES - size_bytes(request.messages), 0),
         )
 
     def _begin_layer(self, run: Run, now_ms: int) -> None:
         usable = self.members.usable()
         peers = self._rng.sample(usable, min(run.granted.proposers, len(usable)))
         run.begin_layer([self.board_id, *peers], now_ms, self.settings.layer_deadline_ms)
+        if len(peers) < run.granted.proposers:
+            run.notes.append(
+                f"layer {run.layer} had {len(peers)} of {run.granted.proposers} proposers"
+            )
         names = tuple(self.members.name(peer) for peer in peers)
         self._tell(run, LayerStarted(run.layer, (self.settings.name, *names)))
         self._queue_own(run, self._proposal_messages(run), self._own_proposal(), now_ms)
@@ -400,11 +422,17 @@ class Node:
         if run is not None and run.waits_for(sender, proposal.layer):
             self._take(
                 run,
-                Draft(sender, without_reasoning(proposal.text), proposal.tokens, own=False),
+                Draft.of(
+                    sender,
+                    _cut(proposal.text, limits.MAX_PROPOSAL_BYTES),
+                    proposal.tokens,
+                    proposal.finish,
+                    own=False,
+                ),
                 ProposalRecord(
                     board=self.members.name(sender),
                     board_id=sender,
-                    model=proposal.model,
+                    model=printable(proposal.model),
                     layer=proposal.layer,
                     prompt_tokens=proposal.prompt_tokens,
                     tokens=proposal.tokens,
@@ -423,7 +451,8 @@ class Node:
         self._close_if_settled(run, now_ms)
 
     def _declined(self, sender: BoardId, message: Declined, now_ms: int) -> None:
-        self._substitute(sender, message.request_id, message.layer, message.reason, now_ms)
+        reason = printable(message.reason)
+        self._substitute(sender, message.request_id, message.layer, reason, now_ms)
 
     def _leave_out(self, run: Run, board: BoardId, reason: str) -> None:
         name = self.settings.name if board == self.board_id else self.members.name(board)
@@ -457,8 +486,11 @@ class Node:
         drafts = run.best_at_hand()
         conclusion = self.settings.strategy.conclude(run.request.messages, drafts, run.room)
         if isinstance(conclusion, Give):
-            self._give(run, conclusion.draft, conclusion.note, now_ms)
-            return
+            if conclusion.draft.is_what_was_asked(run.request.sampling):
+                self._give(run, conclusion.draft, conclusion.note, now_ms)
+                return
+            run.notes.append(conclusion.note)
+            conclusion = Write(run.request.messages, 0)
         if run.state is not State.CONCLUDING:
             run.move(State.CONCLUDING)
         if conclusion.drafts:
@@ -497,13 +529,14 @@ class Node:
     # --- the ends of a prompt
 
     def _give(self, run: Run, draft: Draft, note: str, now_ms: int) -> None:
-        """Answer with a proposal as it stands."""
+        """Answer with a proposal, within the bounds that were asked for."""
+        draft = draft.as_answer(run.request.sampling)
         record = next((r for r in reversed(run.records) if r.board_id == draft.board), None)
         self._answer(
             run,
             Answered(
                 text=draft.text,
-                finish="stop",
+                finish=draft.finish,
                 granted=run.granted,
                 proposals=tuple(run.records),
                 left_out=tuple(run.left_out),
@@ -512,7 +545,7 @@ class Node:
                 queue_ms=record.queue_ms if record else 0,
                 work_ms=record.work_ms if record else 0,
                 total_ms=now_ms - run.accepted_ms,
-                note=note,
+                note="; ".join((*run.notes, note)),
             ),
         )
 
@@ -558,7 +591,9 @@ class Node:
                     queue_ms=max(started_ms - work.arrived_ms, 0) if work else 0,
                     work_ms=max(now_ms - started_ms, 0),
                     total_ms=now_ms - run.accepted_ms,
-                    note="the deadline passed while the answer was being written",
+                    note="; ".join(
+                        (*run.notes, "the deadline passed while the answer was being written")
+                    ),
                 ),
             )
         else:
@@ -580,22 +615,23 @@ class Node:
 
     def _asked_for_proposal(self, sender: BoardId, ask: Propose, now_ms: int) -> None:
         key = (sender, ask.request_id, ask.layer)
-        if key in self._results:
-            self._send(sender, self._results[key])
+        if key in self._results[sender]:
+            self._send(sender, self._results[sender][key])
             return
         position = self.queue.position(lambda work: _key(work) == key)
         if position is None:
-            refusal = self._refusal(ask)
+            refusal = self._refusal(sender, ask)
             if refusal:
                 self.counters.proposals_declined += 1
                 wait_ms = self.queue.expected_wait_ms()
                 self._send(sender, Declined(ask.request_id, ask.layer, refusal, wait_ms))
                 return
+            most_tokens = min(ask.sampling.max_tokens, self.settings.proposal_max_tokens)
             job = Job(
                 job_id=self._take_job_id(),
                 kind="proposal" if ask.layer == 1 else "aggregation",
                 messages=ask.messages,
-                sampling=ask.sampling,
+                sampling=msgspec.structs.replace(ask.sampling, max_tokens=most_tokens),
                 stream=False,
             )
             wait_ms = self.queue.expected_wait_ms()
@@ -606,22 +642,30 @@ class Node:
                     request_id=ask.request_id,
                     layer=ask.layer,
                     arrived_ms=now_ms,
-                    deadline_ms=now_ms + ask.time_left_ms,
+                    deadline_ms=now_ms + min(ask.time_left_ms, limits.MAX_PEER_JOB_MS),
                 )
             )
         else:
             wait_ms = self.queue.expected_wait_ms()
         self._send(sender, Queued(ask.request_id, ask.layer, position, wait_ms))
 
-    def _refusal(self, ask: Propose) -> str:
-        """Why a peer's job is not taken; empty if it is."""
+    def _refusal(self, sender: BoardId, ask: Propose) -> str:
+        """Why a peer's job is not taken; empty if it is.
+
+        Where several boards are paired, one alone may hold half of the places.
+        """
         if self.draining:
             return "this board is shutting down"
         if not self.engine_ready:
             return "its model is not ready"
         if self.peer_jobs() >= self.settings.peer_jobs:
             return f"its queue is full ({self.settings.peer_jobs} jobs)"
-        if sum(len(m.content.encode()) for m in ask.messages) > limits.MAX_PROMPT_BYTES:
+        share = self.settings.peer_jobs
+        if len(self.members.peers) > 1:
+            share = max(share // 2, 1)
+        if sum(1 for work in self.queue if work.source == sender) >= share:
+            return f"its places for one board are taken ({share} jobs)"
+        if size_bytes(ask.messages) > limits.MAX_PROMPT_BYTES:
             return "the prompt is too large"
         return ""
 
@@ -632,7 +676,7 @@ class Node:
             proposal = Proposal(
                 request_id=work.request_id,
                 layer=work.layer,
-                text=done.text.encode()[: limits.MAX_PROPOSAL_BYTES].decode(errors="ignore"),
+                text=_cut(done.text, limits.MAX_PROPOSAL_BYTES),
                 model=self.engine.model if self.engine else "",
                 prompt_tokens=done.prompt_tokens,
                 tokens=done.tokens,
@@ -647,7 +691,7 @@ class Node:
         if not work.final:
             self._take(
                 run,
-                Draft(self.board_id, without_reasoning(done.text), done.tokens, own=True),
+                Draft.of(self.board_id, done.text, done.tokens, done.finish, own=True),
                 ProposalRecord(
                     board=self.settings.name,
                     board_id=self.board_id,
@@ -665,6 +709,10 @@ class Node:
         if not done.text.startswith(run.told):
             self._fail(run, _CHANGED)
             return
+        if not done.text.strip() and run.best_at_hand():
+            failed = Failed("engine_failed", "the aggregation came out empty")
+            self._fail_or_fall_back(run, failed, now_ms)
+            return
         self._answer(
             run,
             Answered(
@@ -678,6 +726,7 @@ class Node:
                 queue_ms=queue_ms,
                 work_ms=done.work_ms,
                 total_ms=now_ms - run.accepted_ms,
+                note="; ".join(run.notes),
             ),
         )
 
@@ -691,11 +740,12 @@ class Node:
         if not work.final:
             self._leave_out(run, self.board_id, failure.reason)
             self._close_if_settled(run, now_ms)
-        elif failure.code == "context" and work.job.kind == "aggregation" and run.room.tokens:
+        elif failure.code == "context" and work.job.kind == "aggregation":
             run.room = run.room.half()  # the proposers' token counts were too hopeful
             self._conclude(run, now_ms)
         elif failure.code == "context":
-            self._fail(run, Failed("context_length_exceeded", failure.reason))
+            failed = Failed("context_length_exceeded", failure.reason)
+            self._fail_or_fall_back(run, failed, now_ms)
         else:
             self._fail_or_fall_back(run, Failed("engine_failed", failure.reason), now_ms)
 
@@ -732,11 +782,6 @@ class Node:
             self._tell(run, Text(text[len(run.told) :]))
             run.told = text
 
-    def _refuse(self, request: Request, failed: Failed) -> list[Effect]:
-        self.counters.refused += 1
-        self._effects.append(Tell(request.request_id, failed))
-        return self._flush()
-
     def _tell(self, run: Run, event: RequestEvent) -> None:
         self._effects.append(Tell(run.request.request_id, event))
 
@@ -759,10 +804,10 @@ class Node:
             self._send(board, alive)
 
     def _remember(self, key: WorkKey, result: Proposal | Declined) -> None:
-        self._results[key] = result
-        self._results.move_to_end(key)
-        while len(self._results) > limits.MAX_REMEMBERED_RESULTS:
-            self._results.popitem(last=False)
+        results = self._results[key[0]]
+        results[key] = result
+        if len(results) > limits.MAX_REMEMBERED_RESULTS:
+            del results[next(iter(results))]  # the oldest
 
     def _take_job_id(self) -> int:
         self._next_job_id += 1
@@ -777,6 +822,10 @@ class Node:
     def _flush(self) -> list[Effect]:
         effects, self._effects = self._effects, []
         return effects
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode()[:most_bytes].decode(errors="ignore")
 
 
 def _key(work: Work) -> WorkKey:

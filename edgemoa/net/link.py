@@ -218,8 +218,10 @@ class Link:
             case ProtocolError() as error:
                 self.close(str(error))
             case error:
-                log.error("link failed", exc_info=error, extra={"board": self.peer_id})
                 self.close("internal error")
+                task.get_loop().call_exception_handler(
+                    {"message": "a link failed", "exception": error}
+                )
 
     async def _read(self) -> None:
         reader, timeout = self.connection.reader, self._timings.frame

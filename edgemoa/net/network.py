@@ -22,7 +22,7 @@ from typing import Final, Literal, Protocol
 from edgemoa import config
 from edgemoa.core import limits
 from edgemoa.core.envelope import short
-from edgemoa.core.messages import BoardId, Message
+from edgemoa.core.messages import BoardId, Message, printable
 from edgemoa.errors import (
     BoardError,
     ConfigError,
@@ -575,7 +575,7 @@ class Network:
         connection = link.connection
         here = connection.address if connection.dialled else link.udp_address
         addresses = tuple(dict.fromkeys([here, *peer.board.addresses]))[: limits.MAX_ADDRESSES]
-        board = replace(peer.board, name=wire.printable(link.hello.name), addresses=addresses)
+        board = replace(peer.board, name=printable(link.hello.name), addresses=addresses)
         if board == peer.board:
             return
         peer.board = board

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from edgemoa.core import envelope, limits
-from edgemoa.core.messages import BoardId
+from edgemoa.core.messages import BoardId, printable
 from edgemoa.errors import ConfigError, PairingError, ProtocolError
 from edgemoa.net import wire
 from edgemoa.net.identity import Identity, read_certificate
@@ -152,7 +152,7 @@ async def join(
     proof = envelope.decode(_proofs, await _receive(connection), "pairing proof")
     _check_proof(proof, member.public_key, secret, b"M", transcript)
     await _send(connection, _encode(_Done(name)))
-    return Candidate(member.id, member.public_key, member.certificate, wire.printable(proof.name))
+    return Candidate(member.id, member.public_key, member.certificate, printable(proof.name))
 
 
 async def admit(
@@ -181,7 +181,7 @@ async def admit(
     await _send(connection, _encode(_prove(identity, secret, b"M", transcript, name)))
     done = envelope.decode(_dones, await _receive(connection), "end of pairing")
     return Candidate(
-        candidate.id, candidate.public_key, candidate.certificate, wire.printable(done.name)
+        candidate.id, candidate.public_key, candidate.certificate, printable(done.name)
     )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from typing import Any
 
-log = logging.getLogger(__name__)
-
 
 class Tasks:
-    """The tasks of one owner: a failure in one is logged, and :meth:`close` ends them all."""
+    """The tasks of one owner. A failure in one is a defect, and told to the event loop's exception
+    handler; :meth:`close` ends them all."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -37,4 +35,6 @@ class Tasks:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("task %s failed", task.get_name(), exc_info=error)
+            task.get_loop().call_exception_handler(
+                {"message": f"the task '{task.get_name()}' failed", "exception": error}
+            )

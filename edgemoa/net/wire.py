@@ -145,8 +145,3 @@ async def read_frame(reader: asyncio.StreamReader, max_bytes: int, timeout: floa
             return await reader.readexactly(length)
     except TimeoutError:
         raise ProtocolError("frame that does not come to its end") from None
-
-
-def printable(name: str) -> str:
-    """A name from another board without what could disturb a terminal or a log."""
-    return "".join(c for c in name if c.isprintable())

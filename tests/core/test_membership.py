@@ -14,6 +14,12 @@ from edgemoa.core.messages import Alive, BoardId
 B = BoardId("b")
 
 
+def test_a_name_cannot_act_on_a_terminal() -> None:
+    members = known()
+    members.report(B, Alive(1, 1, "b\x1b[31m\ne", True, "m", 0, 0, 0))
+    assert members.name(B) == "b[31me"
+
+
 def alive(sequence: int = 1, boot: int = 1, *, accepting: bool = True) -> Alive:
     return Alive(boot, sequence, "bee", accepting, "m", 0, 0, 0)
 
@@ -54,7 +60,9 @@ def test_an_older_report_changes_nothing_and_a_restart_is_noticed() -> None:
     assert not members.report(B, alive(4, accepting=False))
     assert members.peers[B].report == alive(5)
     assert members.report(B, alive(1, boot=2))
-    assert not members.report(B, alive(9, boot=1))
+    # A storage image that was rolled back: the boot count went back, and the board is believed.
+    assert members.report(B, alive(1, boot=1, accepting=False))
+    assert members.peers[B].report == alive(1, boot=1, accepting=False)
 
 
 def test_good_bye_is_believed_at_once_but_not_one_of_an_earlier_boot() -> None:
@@ -64,6 +72,8 @@ def test_good_bye_is_believed_at_once_but_not_one_of_an_earlier_boot() -> None:
     assert not members.left(B, 6)
     assert members.usable() == [B]
     assert members.left(B, 7)
+    assert members.usable() == []
+    members.heard(B, 1)  # something that it had said before arrives late
     assert members.usable() == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from edgemoa.core import limits
@@ -41,6 +42,7 @@ from edgemoa.core.messages import (
     Queued,
     Sampling,
 )
+from edgemoa.core.moa import size_bytes
 from edgemoa.core.node import Node, NodeSettings
 
 ME, B, C, D = (BoardId(x) for x in ("me", "bb", "cc", "dd"))
@@ -91,8 +93,9 @@ class Rig:
         proposers: int = 2,
         name: str = "request-1",
         deadline_ms: int = 60_000,
+        sampling: Sampling = Sampling(max_tokens=64),  # noqa: B008 - it is frozen
     ) -> None:
-        request = Request(name, WHY, 10, layers, proposers, Sampling(max_tokens=64), deadline_ms)
+        request = Request(name, WHY, 10, layers, proposers, sampling, deadline_ms)
         self.take(self.node.submit(request, self.now))
 
     def done(self, text: str = "own", work_ms: int = 500, index: int = -1) -> None:
@@ -570,4 +573,122 @@ def test_bounded_memory_of_results() -> None:
     rig = Rig(B)
     for i in range(limits.MAX_REMEMBERED_RESULTS + 50):
         rig.take(rig.node.receive(B, Cancel(f"request-{i}", 1), rig.now))
-    assert len(rig.node._results) == limits.MAX_REMEMBERED_RESULTS
+    assert len(rig.node._results[B]) == limits.MAX_REMEMBERED_RESULTS
+
+
+def test_one_board_cannot_make_another_ones_result_forgotten() -> None:
+    rig = Rig(B, C)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.done("for bee")
+    for i in range(limits.MAX_REMEMBERED_RESULTS + 50):
+        rig.take(rig.node.receive(C, Cancel(f"request-{i}", 1), rig.now))
+    rig.take(rig.node.receive(B, Cancel("request-9", 1), rig.now))
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    assert len(rig.started) == 1
+    assert [m.text for _, m in rig.messages(Proposal)] == ["for bee", "for bee"]
+
+
+def test_one_board_cannot_take_every_place_nor_for_ever() -> None:
+    rig = Rig(B, C, peer_jobs=4, proposal_max_tokens=100)
+    endless = Propose("x" * 8, 1, WHY, Sampling(max_tokens=30_000), 2**40)
+    for i in range(4):
+        ask = msgspec.structs.replace(endless, request_id=f"request-{i}")
+        rig.take(rig.node.receive(B, ask, rig.now))
+    assert rig.node.peer_jobs() == 2
+    assert rig.started[0].job.sampling.max_tokens == 100
+    rig.take(rig.node.receive(C, proposal_for(C), rig.now))
+    assert rig.node.peer_jobs() == 3
+    rig.tick(limits.MAX_PEER_JOB_MS, B, C)
+    assert rig.node.idle
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text", "given"),
+    [
+        (Sampling(max_tokens=64), "one two", True),
+        (Sampling(max_tokens=3), "one two", False),  # 7 tokens, by this rig's count
+        (Sampling(max_tokens=64, stop=("two",)), "one two", False),
+        (Sampling(max_tokens=64, stop=("three",)), "one two", True),
+        (Sampling(max_tokens=64, temperature=0.9), "one two", False),
+    ],
+)
+def test_the_own_proposal_is_the_answer_only_where_it_would_have_been_written(
+    sampling: Sampling, text: str, *, given: bool
+) -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, sampling=sampling)
+    rig.take(rig.node.receive(B, Declined("request-1", 1, "full"), rig.now))
+    rig.done(text)
+    if given:
+        assert rig.one(Answered).text == text
+    else:
+        assert rig.started[-1].job.sampling == sampling
+        assert rig.started[-1].job.messages == WHY
+        rig.done("as asked")
+        assert "no peer" in rig.one(Answered).note
+
+
+def test_a_proposal_given_for_want_of_better_keeps_to_what_was_asked() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, sampling=Sampling(max_tokens=64, stop=("two",)))
+    rig.done("one two three")
+    rig.propose(B)
+    rig.take(rig.node.failed(rig.started[-1].job.job_id, WorkFailed("broken"), rig.now))
+    assert rig.one(Answered).text == "one "
+
+
+def test_an_empty_aggregation_is_no_answer() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1)
+    rig.done("mine")
+    rig.propose(B)
+    rig.done(" \n")
+    answered = rig.one(Answered)
+    assert answered.text == "mine"
+    assert "empty" in answered.note
+
+
+def test_proposals_that_lie_about_their_length_cost_the_peer_and_not_the_prompt() -> None:
+    rig = Rig(B, C)
+    rig.ask(layers=2, proposers=2)
+    vast = "a" + "\n" * (limits.MAX_PROPOSAL_BYTES - 2) + "b"
+    for peer in (B, C):
+        liar = Proposal("request-1", 1, vast, "m", 0, 0, 0, 0, "stop")
+        rig.take(rig.node.receive(peer, liar, rig.now))
+    rig.done("mine")
+    for _, ask in rig.messages(Propose):
+        assert size_bytes(ask.messages) <= limits.MAX_PROMPT_BYTES
+    rig.done("mine again")
+    for peer in (B, C):
+        liar = Proposal("request-1", 2, vast, "m", 0, 0, 0, 0, "stop")
+        rig.take(rig.node.receive(peer, liar, rig.now))
+    # Should the model find it too long all the same, it is asked again with less, down to nothing.
+    sizes = []
+    while not rig.events(Answered):
+        job = rig.started[-1].job
+        sizes.append(size_bytes(job.messages))
+        rig.take(rig.node.failed(job.job_id, WorkFailed("too long", code="context"), rig.now))
+    assert sizes[0] <= limits.MAX_PROMPT_BYTES
+    assert sizes == sorted(sizes, reverse=True)
+    assert rig.one(Answered).text == "mine again"
+
+
+def test_a_later_layer_with_fewer_boards_says_so() -> None:
+    rig = Rig(B, C)
+    rig.ask(layers=2, proposers=2)
+    rig.propose(B)
+    rig.propose(C)
+    rig.take(rig.node.receive(C, Leave(1), rig.now))
+    rig.done("mine")
+    rig.propose(B, "second", layer=2)
+    rig.done("mine too")
+    rig.done("Answer")
+    assert rig.one(Answered).note == "layer 2 had 1 of 2 proposers"
+
+
+def test_nothing_is_said_after_the_last_word() -> None:
+    rig = Rig(B)
+    rig.take(rig.node.stop(rig.now))
+    rig.clear()
+    rig.tick(HEARTBEAT_MS)
+    assert rig.sent == []

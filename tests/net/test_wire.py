@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edgemoa.core import limits
 from edgemoa.core.envelope import board_id
+from edgemoa.core.messages import printable
 from edgemoa.errors import ProtocolError
 from edgemoa.net import pairing, sealed, wire
 from edgemoa.net.discovery import Hints, _is_host
@@ -147,4 +148,4 @@ def test_rates() -> None:
 
 
 def test_names_from_others_cannot_disturb_a_terminal() -> None:
-    assert wire.printable("pi\x1b[31m\n4\u202e ü") == "pi[31m4 ü"
+    assert printable("pi\x1b[31m\n4\u202e ü") == "pi[31m4 ü"
