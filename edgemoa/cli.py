@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgemoa import __version__
-from edgemoa.errors import EdgemoaError, InvalidPromptError, UserError
+from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError, UserError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
@@ -25,18 +25,17 @@ DEFAULT_PROMPT = "Why is the sky blue?"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
-        code: int = arguments.func(arguments)
+        try:
+            code: int = arguments.func(arguments)
+        except EdgemoaError as error:
+            code = _show_error(error, as_json=getattr(arguments, "json", False))
         sys.stdout.flush()
-    except EdgemoaError as error:
-        if getattr(arguments, "json", False):
-            told = {"code": error.code, "message": str(error), "hint": error.hint}
-            print(json.dumps({"error": told}))
-        print(f"edgemoa: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  next: {error.hint}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("edgemoa: interrupted", file=sys.stderr)
         return 130
@@ -44,11 +43,29 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read us has had enough. Keep the interpreter from failing on it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _show_error(
+            StateError(f"{error.strerror or 'input or output failed'}{where}", hint=_LOOK)
+        )
     return code
 
 
-def _terminated(*_: object) -> NoReturn:
-    raise SystemExit(143)
+_LOOK = "check that path, its permissions and the room on its disk"
+
+
+def _show_error(error: EdgemoaError, *, as_json: bool = False) -> int:
+    if as_json:
+        told = {"code": error.code, "message": str(error), "hint": error.hint}
+        print(json.dumps({"error": told}), flush=True)
+    print(f"edgemoa: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"  next: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,9 +179,22 @@ def _load(arguments: argparse.Namespace) -> Config:
 
     file = Path(arguments.config) if arguments.config else None
     if file is None:
-        usual = (Path(name).expanduser() for name in CONFIG_FILES)
-        file = next((path for path in usual if path.is_file()), None)
+        file = next((path for name in CONFIG_FILES if (path := _exists(name))), None)
     return config.load(file, flags=arguments.settings)
+
+
+def _exists(name: str) -> Path | None:
+    """The file if it is there; one that cannot be looked at is an error, not an absence."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # the last: no home directory
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {name}: {error.strerror}", hint="check its permissions"
+        ) from error
+    return path
 
 
 def _library(config: Config) -> ModelLibrary:
@@ -190,6 +220,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         proposers=arguments.proposers,
         max_tokens=arguments.max_tokens,
         library=_library(config),
+        config=config,
         model=arguments.model or config.model.name,
         terminal=terminal,
     )
@@ -220,7 +251,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _ask(arguments: argparse.Namespace) -> int:
     from edgemoa import show
 
-    text = _prompt(sys.stdin.read() if arguments.prompt is None else arguments.prompt)
+    text = _prompt(_standard_input() if arguments.prompt is None else arguments.prompt)
     extra: dict[str, Any] = {"events": True}
     if arguments.no_peers:
         extra |= {"layers": 0, "proposers": 0}
@@ -349,8 +380,14 @@ def _sim(arguments: argparse.Namespace) -> int:
 
     from edgemoa.sim.world import Scenario, World
 
-    if arguments.rate < 0 or not 0 <= arguments.loss < 1 or arguments.seconds <= 0:
-        raise UserError("rate, loss or seconds is out of range", hint="see `edgemoa sim --help`")
+    in_range = (
+        0 <= arguments.rate <= 1_000
+        and 0 <= arguments.loss < 1
+        and 0 < arguments.seconds <= 1_000_000
+        and 0 <= arguments.crashes <= 3_600
+    )
+    if not in_range:
+        raise UserError("a rate, share or time is out of range", hint="see `edgemoa sim --help`")
     scenario = Scenario(
         boards=arguments.boards,
         seconds=arguments.seconds,
@@ -384,6 +421,19 @@ def _prompt(text: str) -> str:
     if not text.strip():
         raise InvalidPromptError("the prompt is empty", hint="say something, in quotes")
     return text
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        print("the prompt, then Ctrl-D:", file=sys.stderr)
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidPromptError(
+            f"standard input is not valid UTF-8 (byte {error.start})", hint="encode it as UTF-8"
+        ) from None
 
 
 def _client(arguments: argparse.Namespace) -> Any:

@@ -27,7 +27,10 @@ class Client:
         :raises EdgemoaError: what the daemon answered instead.
         """
         response = self._request("GET", path, None)
-        return _object(response.read())
+        try:
+            return _object(response.read())
+        except (http.client.HTTPException, OSError) as error:
+            raise BoardError("the daemon went away in the middle of its answer") from error
 
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed chat completion; closing the iterator cancels it.

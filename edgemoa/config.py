@@ -8,6 +8,7 @@ Each setting is declared once, with its type, bounds and meaning; the file's ref
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 import typing
@@ -180,7 +181,13 @@ def default_socket_path() -> Path:
 
 def _xdg(variable: str, fallback: str) -> Path:
     value = os.environ.get(variable)
-    return Path(value) if value else Path.home() / fallback
+    try:
+        return Path(value) if value else Path.home() / fallback
+    except RuntimeError:
+        raise ConfigError(
+            f"neither {variable} nor a home directory is known",
+            hint="set HOME, or board.state_dir and board.models_dir",
+        ) from None
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
@@ -299,15 +306,20 @@ def _put(tree: dict[str, Any], section: str, key: str, text: str) -> None:
 
 def reference() -> str:
     """A configuration file with every setting at its default, each with its meaning."""
+    return to_toml(Config())
+
+
+def to_toml(config: Config) -> str:
+    """``config`` as a file that :func:`load` reads, each setting with its meaning."""
     lines: list[str] = []
     kinds = dict(sections())
     seen = ""
-    for section, key, default, meaning in settings():
+    for section, key, _, meaning in settings():
         if section != seen:
             seen = section
             lines += ["", f"# {(kinds[section].__doc__ or '').splitlines()[0]}", f"[{section}]"]
         lines.append(f"# {meaning}")
-        lines.append(f"{key} = {_toml(key, default)}")
+        lines.append(f"{key} = {_toml(key, getattr(getattr(config, section), key))}")
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -318,8 +330,13 @@ def _toml(key: str, value: Any) -> str:
         case int() if key.endswith("_mode"):
             return f"0o{value:o}"
         case str():
-            return f'"{value}"'
+            return _quoted(value)
         case tuple():
-            return "[" + ", ".join(f'"{v}"' for v in value) + "]"
+            return "[" + ", ".join(_quoted(v) for v in value) + "]"
         case _:
             return str(value)
+
+
+def _quoted(text: str) -> str:
+    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

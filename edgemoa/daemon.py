@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Final
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_S: Final = 20.0  # to finish what runs, after SIGTERM
 LAG_PROBE_S: Final = 0.05
+_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
 
 
@@ -70,7 +72,8 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._in_a_hurry = asyncio.Event()
         self._went_idle = asyncio.Event()
-        self._defect: BaseException | None = None
+        self._defect = False
+        self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._lag_ms_max = 0.0
@@ -86,8 +89,8 @@ class Daemon:
         :raises EdgemoaError: it could not be started; nothing is left running.
         """
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._defect_found)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        loop.set_exception_handler(self._failed_unseen)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._told_to_stop)
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
@@ -144,7 +147,7 @@ class Daemon:
         stack.push_async_callback(self._engine.stop)
         await self._engine.start()
         stack.callback(self._last_words)
-        self._apply(self._node.tick(self._now_ms()))
+        self._tell(self._node.tick)
         if self._stop_at_eof:
             await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
 
@@ -153,7 +156,18 @@ class Daemon:
     def _now_ms(self) -> int:
         return round(asyncio.get_running_loop().time() * 1000)
 
-    def _apply(self, effects: list[Effect]) -> None:
+    def _tell(self, happened: Callable[[int], list[Effect]]) -> None:
+        """Tell the node what happened and carry out what it wants done about it.
+
+        Whatever goes wrong in there is a defect, whoever caused the call; it must not become a
+        peer's or a client's error by the way it came.
+        """
+        try:
+            self._carry_out(happened(self._now_ms()))
+        except Exception as error:
+            self._stop_for_defect("the node failed", error)
+
+    def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Send(to=to, message=message):
@@ -171,6 +185,8 @@ class Daemon:
         self._set_timer()
 
     def _set_timer(self) -> None:
+        if self._stopped:
+            return
         due_ms = self._node.next_deadline_ms()
         if self._timer is not None and self._timer_ms <= due_ms:
             return  # a tick that comes early only sets the next timer
@@ -181,51 +197,51 @@ class Daemon:
 
     def _tick(self) -> None:
         self._timer = None
-        self._apply(self._node.tick(self._now_ms()))
+        self._tell(self._node.tick)
 
     # --- what the network tells
 
     def on_message(self, sender: BoardId, message: Message) -> None:
         """A paired board said something."""
-        self._apply(self._node.receive(sender, message, self._now_ms()))
+        self._tell(lambda now: self._node.receive(sender, message, now))
 
     def on_undelivered(self, to: BoardId, message: Message) -> None:
         """Something could not be brought to its board."""
-        self._apply(self._node.undelivered(to, message, self._now_ms()))
+        self._tell(lambda now: self._node.undelivered(to, message, now))
 
     def on_paired(self, board: BoardId, name: str) -> None:
         """A board may be spoken to from now on."""
-        self._apply(self._node.pair(board, name, self._now_ms()))
+        self._tell(lambda now: self._node.pair(board, name, now))
 
     def on_unpaired(self, board: BoardId, reason: str) -> None:
         """A board may no longer be spoken to."""
-        self._apply(self._node.unpair(board, self._now_ms()))
+        self._tell(lambda now: self._node.unpair(board, now))
 
     # --- what the engine tells
 
     def on_ready(self, info: EngineInfo) -> None:
         """The model takes work."""
         self._engine_trouble = ""
-        self._apply(self._node.engine_is_ready(info, self._now_ms()))
+        self._tell(lambda now: self._node.engine_is_ready(info, now))
 
     def on_lost(self, reason: str) -> None:
         """The model process is gone."""
         self._engine_trouble = reason
-        self._apply(self._node.engine_is_lost(self._now_ms()))
+        self._tell(self._node.engine_is_lost)
 
     def on_text(self, job_id: int, text: str) -> None:
         """A piece of an answer."""
-        self._apply(self._node.wrote(job_id, text, self._now_ms()))
+        self._tell(lambda now: self._node.wrote(job_id, text, now))
 
     def on_done(self, job_id: int, result: WorkDone) -> None:
         """A job is finished."""
         log.debug("job done", extra={"tokens": result.tokens, "work_ms": result.work_ms})
-        self._apply(self._node.finished(job_id, result, self._now_ms()))
+        self._tell(lambda now: self._node.finished(job_id, result, now))
 
     def on_failed(self, job_id: int, failure: WorkFailed) -> None:
         """A job could not be done."""
         log.warning("job failed", extra={"reason": failure.reason})
-        self._apply(self._node.failed(job_id, failure, self._now_ms()))
+        self._tell(lambda now: self._node.failed(job_id, failure, now))
 
     # --- what the API asks
 
@@ -243,6 +259,10 @@ class Daemon:
         """See :class:`edgemoa.api.server.Service`."""
         return await self._engine.measure(messages)
 
+    def refusal(self) -> Failed | None:
+        """See :class:`edgemoa.api.server.Service`."""
+        return self._node.refusal()
+
     def new_request_id(self) -> str:
         """See :class:`edgemoa.api.server.Service`."""
         return f"chatcmpl-{secrets.token_hex(12)}"
@@ -252,7 +272,7 @@ class Daemon:
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
         ended = False
         try:
-            self._apply(self._node.submit(request, self._now_ms()))
+            self._tell(lambda now: self._node.submit(request, now))
             while not ended:
                 event = await mailbox.get()
                 ended = isinstance(event, Answered | Failed)
@@ -260,7 +280,7 @@ class Daemon:
         finally:
             del self._mailboxes[request.request_id]
             if not ended:
-                self._apply(self._node.cancel(request.request_id, self._now_ms()))
+                self._tell(lambda now: self._node.cancel(request.request_id, now))
 
     def status(self) -> dict[str, Any]:
         """See :class:`edgemoa.api.server.Service`."""
@@ -300,23 +320,26 @@ class Daemon:
             self._in_a_hurry.set()  # told twice: stop now
         self._stopping.set()
 
-    def _defect_found(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Something failed that nobody waited for: a defect. A state that may be wrong is not
-        kept up; the daemon says so and stops, and its supervisor starts it anew."""
+    def _failed_unseen(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The event loop's exception handler: something failed that nobody waited for."""
         error = context.get("exception")
-        log.error(
-            "defect: %s",
-            context.get("message", "unknown"),
-            exc_info=error if isinstance(error, BaseException) else None,
-        )
-        self._defect = error or RuntimeError("unknown")
+        if isinstance(error, OSError) and error.errno in _SCARCE:
+            # asyncio accepts again by itself when there are files to be had.
+            log.warning("out of files or memory for connections", extra={"errno": error.errno})
+            return
+        self._stop_for_defect(str(context.get("message", "unknown")), error)
+
+    def _stop_for_defect(self, what: str, error: BaseException | None) -> None:
+        """A state that may be wrong is not kept up: say so and stop; the supervisor starts anew."""
+        log.error("defect: %s", what, exc_info=error)
+        self._defect = True
         self._in_a_hurry.set()
         self._stopping.set()
 
     async def _drain(self) -> None:
         """Finish what runs, within bounds; hand back what has not begun."""
         log.info("stopping", extra={"prompts": len(self._node.runs)})
-        self._apply(self._node.drain(self._now_ms()))
+        self._tell(self._node.drain)
         waits = [
             asyncio.ensure_future(event.wait()) for event in (self._went_idle, self._in_a_hurry)
         ]
@@ -325,7 +348,8 @@ class Daemon:
             wait.cancel()
 
     def _last_words(self) -> None:
-        self._apply(self._node.stop(self._now_ms()))
+        self._tell(self._node.stop)
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
 

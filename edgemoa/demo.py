@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgemoa.client import Client
-from edgemoa.config import settings
+from edgemoa.config import Config, settings, to_toml
 from edgemoa.errors import BoardError, DaemonUnreachableError, EdgemoaError
 from edgemoa.models.library import ModelLibrary
 from edgemoa.models.progress import ConsoleProgress
@@ -30,6 +30,7 @@ from edgemoa.net.pairing import new_join_secret
 from edgemoa.show import Terminal, follow
 
 START_TIMEOUT_S: Final = 60.0
+LONGEST_PLACE_BYTES: Final = 72  # what a socket's path leaves beside what is put below it
 STOP_TIMEOUT_S: Final = 5.0
 _VERIFY: Final = "is the model whole? `edgemoa model verify NAME` checks it"
 
@@ -50,14 +51,14 @@ class LocalBoard:
 
 @contextlib.contextmanager
 def group(
-    boards: int, model: str, models_dir: Path, *flags: str, command: tuple[str, ...] = ()
+    boards: int, model: str, models_dir: Path, *flags: str, config: Config | None = None
 ) -> Iterator[list[LocalBoard]]:
     """Start ``boards`` daemons on loopback; stop and reap them at the end, whatever happens.
 
     :param flags: further ``section.key=value`` settings for each.
-    :param command: what starts a daemon, where not ``python -m edgemoa serve``.
+    :param config: settings of the user's for each; those of a board's own place are left out.
     """
-    place = Path(tempfile.mkdtemp(prefix="edgemoa-"))  # short: Unix sockets have short paths
+    place = _new_place()
     started: list[LocalBoard] = []
     try:
         secret = place / "join-secret"
@@ -75,7 +76,7 @@ def group(
                     f"model.threads={threads}",
                     f"net.join_secret_file={secret}",
                     *flags,
-                    command=command,
+                    config=config,
                 )
             )
         yield started
@@ -84,9 +85,21 @@ def group(
         shutil.rmtree(place, ignore_errors=True)
 
 
-def start_board(place: Path, *flags: str, command: tuple[str, ...] = ()) -> LocalBoard:
-    """Start one daemon on loopback with its state in ``place``."""
+def _new_place() -> Path:
+    """A new folder with a short path, since those of Unix sockets are bounded."""
+    usual = Path(tempfile.gettempdir())
+    folder = usual if len(os.fsencode(usual)) <= LONGEST_PLACE_BYTES else Path("/tmp")  # noqa: S108
+    return Path(tempfile.mkdtemp(prefix="edgemoa-", dir=folder))
+
+
+def start_board(place: Path, *flags: str, config: Config | None = None) -> LocalBoard:
+    """Start one daemon on loopback with its state in ``place``, with no other settings than
+    ``config`` and ``flags``: neither files nor the environment of the user's own board count."""
     place.mkdir(exist_ok=True)
+    file = place / "edgemoa.toml"
+    given = config or Config()
+    shared = Config(moa=given.moa, queue=given.queue, log=given.log)
+    file.write_text(to_toml(shared), encoding="utf-8")
     socket, log = place / "api.sock", place / "log"
     flags = (
         f"board.state_dir={place / 'state'}",
@@ -96,7 +109,7 @@ def start_board(place: Path, *flags: str, command: tuple[str, ...] = ()) -> Loca
         "log.format=json",
         *flags,
     )
-    argv = [*(command or (sys.executable, "-m", "edgemoa", "serve")), "--stop-at-eof"]
+    argv = [sys.executable, "-m", "edgemoa", "serve", "--stop-at-eof", "--config", str(file)]
     for flag in flags:
         argv += ["--set", flag]
     ours = {f"EDGEMOA_{section}_{key}".upper() for section, key, *_ in settings()}
@@ -139,9 +152,7 @@ def wait_until_ready(boards: list[LocalBoard], terminal: Terminal | None = None)
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        status: dict[str, Any] = {}
-        with contextlib.suppress(DaemonUnreachableError):
-            status = boards[0].client.get("/v1/status")
+        status = _status(boards[0])
         at_hand = sum(1 for peer in status.get("peers", ()) if peer["accepting"])
         if status.get("ready") and at_hand == len(boards) - 1:
             return
@@ -149,13 +160,12 @@ def wait_until_ready(boards: list[LocalBoard], terminal: Terminal | None = None)
             if board.process.poll() is not None:
                 raise BoardError(
                     f"{board.name} ended with exit code {board.process.returncode}: "
-                    f"{last_line(board.log)}",
+                    f"{cause(board.log)}",
                     hint="mend that and try again",
                 )
-        trouble = status.get("engine", {}).get("trouble")
-        if trouble or time.monotonic() > deadline:
-            if trouble:
-                raise BoardError(f"{boards[0].name}: {trouble}", hint=_VERIFY)
+            if trouble := _status(board).get("engine", {}).get("trouble"):
+                raise BoardError(f"{board.name}: {trouble}", hint=_VERIFY)
+        if time.monotonic() > deadline:
             if not status.get("ready"):
                 raise BoardError(f"{boards[0].name} still loads its model", hint=_VERIFY)
             raise BoardError(
@@ -172,15 +182,25 @@ def wait_until_ready(boards: list[LocalBoard], terminal: Terminal | None = None)
         time.sleep(0.05)
 
 
-def last_line(log: Path) -> str:
-    """The end of a daemon's log, in a few words."""
+def _status(board: LocalBoard) -> dict[str, Any]:
+    """The board's status; empty while it does not listen yet."""
+    try:
+        return board.client.get("/v1/status")
+    except DaemonUnreachableError:
+        return {}
+
+
+def cause(log: Path) -> str:
+    """Why a daemon ended, by its log, in a few words."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if not lines:
-        return "its log is empty"
-    with contextlib.suppress(ValueError, AttributeError):
-        told = json.loads(lines[-1])
-        return " ".join(str(told[key]) for key in ("event", "reason", "error") if key in told)
-    return lines[-1][:300]
+    said = [line.removeprefix("edgemoa: ") for line in lines if line.startswith("edgemoa: ")]
+    if said:
+        return said[-1]
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, AttributeError):
+            told = json.loads(line)
+            return " ".join(str(told[key]) for key in ("event", "reason", "error") if key in told)
+    return lines[-1][:300] if lines else "its log is empty"
 
 
 def demo(
@@ -191,6 +211,7 @@ def demo(
     proposers: int,
     max_tokens: int | None,
     library: ModelLibrary,
+    config: Config,
     model: str,
     terminal: Terminal | None,
 ) -> dict[str, Any]:
@@ -205,7 +226,7 @@ def demo(
     finally:
         progress.close()
     began = time.monotonic()
-    with group(boards, model, library.root) as started:
+    with group(boards, model, library.root, config=config) as started:
         wait_until_ready(started, terminal)
         ready_ms = round((time.monotonic() - began) * 1000)
         if terminal is not None:
@@ -222,6 +243,6 @@ def demo(
         except EdgemoaError as error:
             for board in started:
                 if board.process.poll() is not None:
-                    raise BoardError(f"{board.name} died: {last_line(board.log)}") from error
+                    raise BoardError(f"{board.name} died: {cause(board.log)}") from error
             raise
     return answered | {"ready_ms": ready_ms}

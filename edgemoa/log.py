@@ -60,4 +60,5 @@ class TextFormatter(logging.Formatter):
         """Time, level, message, fields."""
         fields = "".join(f" {key}={value}" for key, value in _fields(record).items())
         clock = self.formatTime(record, "%H:%M:%S")
-        return f"{clock} {record.levelname.lower():7} {record.getMessage()}{fields}"
+        line = f"{clock} {record.levelname.lower():7} {record.getMessage()}{fields}"
+        return "".join(c if c.isprintable() else " " for c in line)  # one event, one line

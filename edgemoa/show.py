@@ -19,7 +19,7 @@ class Terminal:
     def step(self, text: str) -> None:
         """A line of progress that stays."""
         self._wipe()
-        print(self._dim(f"· {text}"), file=self.err, flush=True)
+        print(self._dim(f"· {_harmless(text)}"), file=self.err, flush=True)
 
     def pending(self, text: str) -> None:
         """A line of progress that the next one replaces; only on a terminal."""
@@ -29,9 +29,9 @@ class Terminal:
             self._painted = True
 
     def write(self, text: str) -> None:
-        """A piece of the answer."""
+        """A piece of the answer, which may have come from another board."""
         self._wipe()
-        self.out.write(text)
+        self.out.write(_harmless(text))
         self.out.flush()
 
     def _wipe(self) -> None:
@@ -129,7 +129,7 @@ def summary(answered: dict[str, Any]) -> str:
     granted = answered["granted"]
     why = f" ({granted['why']})" if granted["why"] else ""
     lines.append(f"plan {plan(granted)}{why}; {seconds(answered['total_ms'])} in all")
-    return "\n".join(lines)
+    return _harmless("\n".join(lines))
 
 
 def report(answered: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +153,14 @@ def seconds(milliseconds: int) -> str:
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
     """Rows in columns; the first row is the heading."""
-    rows = list(rows)
+    rows = [tuple(_harmless(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _harmless(text: str) -> str:
+    """Text without what a terminal would act on, but for line ends and tabs."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

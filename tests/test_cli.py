@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgemoa import __version__, log
+from edgemoa import __version__, log, show
 from edgemoa.cli import main
-from edgemoa.errors import EdgemoaError
+from edgemoa.config import Config
+from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.net.pairing import parse_join_secret
 
 
@@ -95,6 +97,50 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_standard_input_that_is_no_text(tmp_path: Path) -> None:
+    for given, code in ((b"\xff\xfe", 13), (b"", 13), ("blå".encode(), 10)):
+        ended = subprocess.run(
+            [sys.executable, "-m", "edgemoa", "ask", "--socket", str(tmp_path / "none")],
+            input=given, capture_output=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == code, ended.stderr
+        assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_that_are_none(value: str) -> None:
+    assert main(["sim", f"--rate={value}"]) == 2
+    assert main(["sim", f"--seconds={value}"]) == 2
+
+
+def test_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError) as caught:
+        Config().state_dir()
+    assert "HOME" in caught.value.hint
+
+
+def test_what_other_boards_say_cannot_act_on_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evil = "\x1b]52;c;eA==\x07\x1b[2J\u202e"
+    chunks: list[dict[str, Any]] = [
+        {"edgemoa": {"type": "left_out", "left_out": {"layer": 1, "board": evil, "reason": evil}}},
+        {"choices": [{"delta": {"content": f"Hi{evil}\n\tthere"}}]},
+    ]
+    show.follow(chunks, show.Terminal())
+    told = capsys.readouterr()
+    assert told.out == "Hi]52;c;eA==[2J\n\tthere\n"
+    assert "\x1b" not in told.err
+    assert "\x1b" not in show.table([("A",), (evil,)])
 
 
 def test_logs_are_lines_with_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,6 +174,8 @@ def decode_chat_request(body: bytes) -> ChatRequest:
         return _decoder.decode(body)
     except msgspec.ValidationError as error:
         raise UserError(f"the request does not fit: {error}", hint="see the README") from None
+    except RecursionError:
+        raise UserError("the request is nested too deep", hint="check the body") from None
     except msgspec.DecodeError as error:
         raise UserError(f"the request is not valid JSON: {error}", hint="check the body") from None
 

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S: Final = 10.0  # a stream says something at least so often, or clients give up
 STOP_GRACE_S: Final = 2.0
+READ_S: Final = 30.0  # for a request to arrive
+MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
 
 
 class Service(Protocol):
@@ -51,6 +53,9 @@ class Service(Protocol):
 
     def own_model(self) -> tuple[str, int]:
         """Name and context, in tokens, of this board's model."""
+
+    def refusal(self) -> Failed | None:
+        """Why no prompt would be accepted now; None if one would be."""
 
     async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
         """How many tokens the model counts.
@@ -95,7 +100,9 @@ class Api:
         self._path = path
         self._mode = mode
         self._runner: web.AppRunner | None = None
-        self._open = 0
+        self._server: asyncio.Server | None = None
+        self._inode = 0
+        self._measuring: set[asyncio.Future[int]] = set()
 
     async def start(self) -> None:
         """Listen.
@@ -118,15 +125,27 @@ class Api:
             max_field_size=8 * limits.KIB,
         )
         await self._runner.setup()
-        listening = await asyncio.to_thread(_listen, self._path, self._mode)
-        await web.SockSite(self._runner, listening).start()
+        listening, self._inode = await asyncio.to_thread(_listen, self._path, self._mode)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(self._protocol, sock=listening, backlog=128)
 
     async def stop(self) -> None:
         """Stop listening, let running answers end within a moment, remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        for counting in self._measuring:
+            counting.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        if self._inode:
+            await asyncio.to_thread(_remove_own, self._path, self._inode)
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        assert self._runner is not None  # noqa: S101 - it was set up before anybody could come
+        server = self._runner.server
+        if server is None or len(server.connections) >= limits.MAX_API_CONNECTIONS:
+            return _Refused()
+        return server()
 
     # --- handlers
 
@@ -134,9 +153,6 @@ class Api:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if self._open >= limits.MAX_API_CONNECTIONS:
-            return _error(OverloadedError("too many requests at a time", hint="try again"))
-        self._open += 1
         try:
             return await handler(request)
         except EdgemoaError as error:
@@ -148,13 +164,13 @@ class Api:
             return _error(
                 UserError(f"{request.method} {request.path}: {error.reason}"), error.status
             )
+        except web.RequestPayloadError:
+            return _error(UserError("the request's body cannot be read", hint="is it encoded?"))
         except ConnectionError:
             raise
         except Exception:
             log.exception("a request failed", extra={"path": request.path})
             return _error(EdgemoaError("something went wrong in edgemoa", hint="see its log"))
-        finally:
-            self._open -= 1
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -169,13 +185,13 @@ class Api:
         return _json({"devices": self._service.devices()})
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        ask = openai.decode_chat_request(await http.read())
+        ask = openai.decode_chat_request(await self._read(http))
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
-        own_model, context_tokens = self._service.own_model()
-        layers, proposers = ask.plan(own_model, layers, proposers)
+        layers, proposers = ask.plan(self._service.own_model()[0], layers, proposers)
         sampling = ask.sampling(max_tokens)
         messages = ask.conversation()
-        prompt_tokens = await self._service.measure(messages)
+        prompt_tokens = await self._measure(messages)
+        context_tokens = self._service.own_model()[1]  # known by now, even at the first start
         if prompt_tokens >= context_tokens:
             raise PromptTooLongError(
                 f"the prompt has {prompt_tokens} tokens, the model's context {context_tokens}",
@@ -208,6 +224,46 @@ class Api:
                         raise failure(event)
                     case _:
                         pass
+
+    async def _read(self, http: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(READ_S):
+                return await http.read()
+        except TimeoutError:
+            raise UserError("the request did not arrive in time", hint="send it faster") from None
+
+    async def _measure(self, messages: tuple[ChatMessage, ...]) -> int:
+        """Count a prompt's tokens, few prompts at a time, and only if it could be accepted.
+
+        A prompt given to the model process stays there until it has been counted, also when its
+        client has left meanwhile; so it is that which is bounded, not the clients.
+        """
+        refusal = self._service.refusal()
+        if refusal is not None:
+            raise failure(refusal)
+        if len(self._measuring) >= limits.MAX_MEASURING:
+            raise OverloadedError("too many prompts arrive at a time", hint="try again in 1 s")
+        counting = asyncio.ensure_future(self._service.measure(messages))
+        self._measuring.add(counting)
+        counting.add_done_callback(self._measured)
+        done, _ = await asyncio.wait({counting}, timeout=MEASURE_S)
+        if not done:
+            raise EngineError("the model is not ready yet", hint="try again in a moment")
+        return counting.result()
+
+    def _measured(self, counting: asyncio.Future[int]) -> None:
+        self._measuring.discard(counting)
+        if not counting.cancelled():
+            counting.exception()  # whoever still waits is told; nobody else needs to be
+
+
+class _Refused(asyncio.Protocol):
+    """What a connection gets that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Closed at once."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
+        transport.abort()
 
 
 class _Events:
@@ -312,8 +368,8 @@ def _error(error: EdgemoaError, status: int = 0) -> web.Response:
     return _json(openai.error_json(error), status or error.http_status, headers)
 
 
-def _listen(path: Path, mode: int) -> socket.socket:
-    """A listening socket at ``path`` with ``mode`` from its first instant on."""
+def _listen(path: Path, mode: int) -> tuple[socket.socket, int]:
+    """A listening socket at ``path`` with ``mode`` from its first instant on, and its inode."""
     if len(os.fsencode(path)) > 107:  # sun_path of Linux, less its closing zero
         raise ConfigError(
             f"the socket path {path} is longer than the 107 bytes that Linux allows",
@@ -340,7 +396,14 @@ def _listen(path: Path, mode: int) -> socket.socket:
             f"cannot listen on {path}: {error.strerror}",
             hint="set api.socket to a path that this user may write",
         ) from error
-    return listening
+    return listening, path.stat().st_ino
+
+
+def _remove_own(path: Path, inode: int) -> None:
+    """Take the socket away, unless another daemon has put its own there meanwhile."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_ino == inode:
+            path.unlink()
 
 
 def _remove_stale(path: Path) -> None:
@@ -360,6 +423,8 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             log.info("removed a stale socket", extra={"path": str(path)})
             return
+        except (BlockingIOError, TimeoutError):
+            pass  # somebody listens, and is busy
     raise _in_use(path)
 
 

@@ -51,6 +51,7 @@ MAX_JOB_ATTEMPTS: Final = 2  # a request that the model process died on is tried
 # The local API
 MAX_BODY_BYTES: Final = 1 * MIB
 MAX_API_CONNECTIONS: Final = 512
+MAX_MEASURING: Final = 8  # prompts whose tokens are being counted before they are accepted
 
 # The local socket to the model process
 MAX_WORKER_FRAME_BYTES: Final = 4 * MIB

@@ -321,8 +321,7 @@ class Node:
         self.draining = True
         for run in list(self.runs.values()):
             self._fail_or_fall_back(run, Failed("unavailable", "this board shut down"), now_ms)
-        waiting, running = self.queue.remove(lambda work: work.source != self.board_id)
-        for work in (*waiting, *running):
+        for work in self._drop(lambda work: work.source != self.board_id):
             self._decline(_key(work), "this board is shutting down")
         for board in self.members.peers:
             self._send(board, Leave(self.settings.boot))
@@ -756,11 +755,19 @@ class Node:
         self._remember(key, declined)
         self._send(sender, declined)
 
-    def _drop(self, unwanted: _Unwanted) -> None:
-        """Take work out of the queue without a word; stop it where it runs."""
-        _, running = self.queue.remove(unwanted)
+    def _drop(self, unwanted: _Unwanted) -> list[Work]:
+        """Take work out of the queue without a word; stop it where it runs. Returns it.
+
+        A peer's is remembered, so that a late repetition of the question does not begin it again.
+        """
+        waiting, running = self.queue.remove(unwanted)
         for work in running:
             self._effects.append(StopWork(work.job.job_id))
+        dropped = [*waiting, *running]
+        for work in dropped:
+            if work.source != self.board_id:
+                self._remember(_key(work), Declined(work.request_id, work.layer, "called off"))
+        return dropped
 
     def _void(self, board: BoardId, reason: str, now_ms: int) -> None:
         """Nothing that ``board`` asked for, or was asked, stands any longer."""

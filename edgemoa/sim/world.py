@@ -33,6 +33,8 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
+from edgemoa.core.limits import MAX_JOB_ATTEMPTS, MAX_REMEMBERED_RESULTS
+from edgemoa.core.membership import GONE_AFTER_MS, HEARTBEAT_MS
 from edgemoa.core.messages import HOP_MESSAGES, BoardId, ChatMessage, Message, Sampling
 from edgemoa.core.moa import State
 from edgemoa.core.node import Node, NodeSettings
@@ -61,6 +63,7 @@ class Scenario:
     duplicates: float = 0.0
     false_alarms: float = 0.0  # delivered, but the sender is told that it was not
     crashes_per_s: float = 0.0
+    stops_per_s: float = 0.0  # in good order: drained, then stopped, then started again
     down_s: tuple[float, float] = (0.5, 30.0)
     engine_crashes_per_s: float = 0.0
     failures: float = 0.0  # jobs that the engine cannot do
@@ -82,6 +85,8 @@ class Board:
     engine_life: int = 0  # grows when the engine dies; results of an older life are void
     jobs: set[int] = field(default_factory=set)
     tick_at_ms: int = -1  # when the next tick is due; -1 for none
+    down_since_ms: int = -1  # -1 while it is up
+    computed: set[tuple[BoardId, str, int]] = field(default_factory=set)  # peers' work, this boot
 
 
 @dataclass(slots=True)
@@ -152,6 +157,7 @@ class World:
             self._at(self._rng.randrange(1000), partial(self._start, board))
             self._next_prompt(board)
             self._next_fault(board, scenario.crashes_per_s, self._crash)
+            self._next_fault(board, scenario.stops_per_s, self._stop)
             self._next_fault(board, scenario.engine_crashes_per_s, self._engine_crash)
         end_ms = self._until_ms + round(scenario.deadline_s * 1000) + 1_000
         while self._heap and self._heap[0][0] <= end_ms:
@@ -198,6 +204,8 @@ class World:
         scenario = self.scenario
         board.boot += 1
         board.tick_at_ms = -1
+        board.down_since_ms = -1
+        board.computed.clear()
         node = Node(
             board.board_id,
             NodeSettings(
@@ -224,9 +232,31 @@ class World:
         for request_id in board.node.runs:
             self.prompts[request_id].lost_with_owner = True
             self._open -= 1
+        self._go_down(board)
+
+    def _stop(self, board: Board) -> None:
+        """What SIGTERM does: drain, a little patience, the last words."""
+        node = board.node
+        if node is None or node.draining:
+            return
+        self._note("stop", board.board_id, board.boot)
+        self._do(board, node.drain(self.now_ms))
+
+        def last_words() -> None:
+            if board.node is not node:
+                return
+            self._do(board, node.stop(self.now_ms))
+            if not node.idle:
+                self._violated(f"{board.board_id} stopped and left someone waiting")
+            self._go_down(board)
+
+        self._in(2_000, last_words)
+
+    def _go_down(self, board: Board) -> None:
         board.node = None
         board.engine_life += 1
         board.jobs.clear()
+        board.down_since_ms = self.now_ms
         low, high = self.scenario.down_s
         self._in(round(self._rng.uniform(low, high) * 1000), lambda: self._start(board))
 
@@ -273,6 +303,8 @@ class World:
         self._note("tell", request_id, type(event).__name__)
         if prompt.ended is not None:
             self._violated(f"prompt {request_id} was answered twice")
+        if isinstance(event, Accepted) == prompt.accepted and not isinstance(event, Failed):
+            self._violated(f"prompt {request_id} heard {type(event).__name__} out of turn")
         match event:
             case Accepted():
                 prompt.accepted = True
@@ -296,7 +328,8 @@ class World:
 
     def _carry(self, board: Board, to: BoardId, message: Message) -> None:
         scenario, rng = self.scenario, self._rng
-        target, boot = self.boards[to], self.boards[to].boot
+        target = self.boards[to]
+        link = (board.boot, target.boot)  # which ends with either boot
         hop = isinstance(message, HOP_MESSAGES)
         delay_ms = rng.randint(*scenario.delay_ms)
         if scenario.loss:
@@ -316,14 +349,19 @@ class World:
         copies = 1 + (rng.random() < scenario.duplicates)
         for copy in range(copies):
             late_ms = delay_ms + copy * rng.randint(1, 2_000)
-            self._in(late_ms, lambda: self._deliver(board.board_id, target, boot, message))
+            self._in(late_ms, lambda: self._deliver(board, target, link, message))
         if not hop and rng.random() < scenario.false_alarms:
             self._in(delay_ms + 1_000, lambda: self._undelivered(board, to, message))
 
-    def _deliver(self, sender: BoardId, target: Board, boot: int, message: Message) -> None:
-        if target.node is not None and target.boot == boot:
-            self._note("receive", target.board_id, f"{sender} {type(message).__name__}")
-            self._do(target, target.node.receive(sender, message, self.now_ms))
+    def _deliver(
+        self, sender: Board, target: Board, link: tuple[int, int], message: Message
+    ) -> None:
+        if sender.node is None and self.now_ms > sender.down_since_ms + self.scenario.delay_ms[1]:
+            return  # the dead do not repeat what was lost
+        if target.node is not None and (sender.boot, target.boot) == link:
+            what = f"{sender.board_id} {type(message).__name__}"
+            self._note("receive", target.board_id, what)
+            self._do(target, target.node.receive(sender.board_id, message, self.now_ms))
 
     def _undelivered(self, board: Board, to: BoardId, message: Message) -> None:
         if board.node is not None:
@@ -336,6 +374,7 @@ class World:
         exponential = self.scenario.distribution == "exponential"
         work_ms = round(rng.expovariate(1 / mean_ms) if exponential else mean_ms)
         board.jobs.add(job.job_id)
+        self._check_start(board, job)
         life = board.engine_life
         if rng.random() < self.scenario.failures:
             self._in(work_ms, lambda: self._work_failed(board, life, job))
@@ -406,19 +445,54 @@ class World:
             self._violated(f"{board.board_id} holds more peers' jobs than its cap")
         if len(queue.running) > queue.slots or board.jobs != queue.running.keys():
             self._violated(f"{board.board_id} and its engine disagree about what runs")
+        self._check_peers_work(board, node)
+        if any(len(r) > MAX_REMEMBERED_RESULTS for r in node._results.values()):
+            self._violated(f"{board.board_id} remembers more results than its cap")
         own = {work.request_id: work for work in queue if work.source == board.board_id}
         if not own.keys() <= node.runs.keys():
             self._violated(f"{board.board_id} works for a prompt that has ended")
         for request_id, run in node.runs.items():
             if run.state is State.PROPOSING:
-                if not run.pending:
-                    self._violated(f"{request_id} waits for nobody")
+                if run.settled(scenario.quorum):
+                    self._violated(f"{request_id} waits though its layer is settled")
                 if self.now_ms > run.layer_deadline_ms + 1:
                     self._violated(f"{request_id} is past its layer's deadline")
             elif run.state is not State.CONCLUDING or request_id not in own:
                 self._violated(f"{request_id} is {run.state} and nothing works for it")
             if self.now_ms > run.deadline_ms + 1:
                 self._violated(f"{request_id} is past its deadline")
+
+    def _check_start(self, board: Board, job: Job) -> None:
+        """A job begins: it is its turn, and it has not been done before."""
+        node = board.node
+        if node is None:
+            return
+        work = node.queue.running[job.job_id]
+        if work.attempts > MAX_JOB_ATTEMPTS:
+            self._violated(f"{board.board_id} tries job {job.job_id} for ever")
+        if any(w.arrived_ms < work.arrived_ms for w in node.queue.waiting):
+            self._violated(f"{board.board_id} does not serve first what came first")
+        key = (work.source, work.request_id, work.layer)
+        if work.source != board.board_id and work.attempts == 1:
+            if key in board.computed:
+                self._violated(f"{board.board_id} computes {key} twice")
+            board.computed.add(key)
+
+    def _check_peers_work(self, board: Board, node: Node) -> None:
+        """Nobody works for what nobody waits for any longer."""
+        calm = not (self.scenario.loss or self.scenario.false_alarms or self.scenario.duplicates)
+        for work in node.queue:
+            if work.source == board.board_id:
+                continue
+            if self.now_ms > work.deadline_ms + HEARTBEAT_MS:
+                self._violated(f"{board.board_id} keeps work that is past its deadline")
+            owner = self.boards[work.source]
+            down_ms = self.now_ms - owner.down_since_ms if owner.down_since_ms >= 0 else 0
+            if down_ms > GONE_AFTER_MS + 2 * HEARTBEAT_MS:
+                self._violated(f"{board.board_id} works for {work.source}, which is gone")
+            prompt = self.prompts[work.request_id]
+            if calm and prompt.ended is not None and self.now_ms > prompt.end_ms + CALL_OFF_MS:
+                self._violated(f"{board.board_id} works for {work.request_id}, which has ended")
 
     def _violated(self, what: str) -> None:
         raise InvariantError(f"{what} (seed {self.seed}, at {self.now_ms} ms, {self.scenario})")
@@ -471,4 +545,5 @@ class World:
         out.digest = self._hash.hexdigest()
 
 
+CALL_OFF_MS = 4_000  # until a proposer has heard that a prompt has ended, or of a board's restart
 _ENGINE = EngineInfo(model="simulated", context_tokens=8192, slots=1)

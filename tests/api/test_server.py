@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,28 @@ class ScriptedBoard:
             answered("Because."),
         ]
         self.engine_down = False
+        self.refused: Failed | None = None
+        self.measure_s = 0.0
+        self.measuring = 0
+        self.context_tokens = 0  # not known before the model has been loaded
         self.gone_early = threading.Event()
 
     def plan(self) -> tuple[int, int, int, int]:
         return 1, 2, 256, 60_000
 
     def own_model(self) -> tuple[str, int]:
-        return "tiny", 100
+        return "tiny", self.context_tokens
+
+    def refusal(self) -> Failed | None:
+        return self.refused
 
     async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
         if self.engine_down:
             raise EngineError("the model is away", hint="wait")
+        self.measuring += 1
+        await asyncio.sleep(self.measure_s)
+        self.measuring -= 1
+        self.context_tokens = 100
         return sum(len(m.content) for m in messages)
 
     def new_request_id(self) -> str:
@@ -252,6 +264,7 @@ def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
         (body(edgemoa={"layers": 99}), 400, "invalid_request"),
         (body("x" * 100), 400, "context_length_exceeded"),
         (body("é" * (limits.MAX_PROMPT_BYTES // 2 + 1)), 400, "invalid_prompt"),
+        (b"[" * 5_000, 400, "invalid_request"),
         (b'{"x": "' + b"y" * limits.MAX_BODY_BYTES + b'"}', 413, "invalid_request"),
     ],
     ids=lambda value: repr(value)[:40].encode("ascii", "replace").decode(),
@@ -333,6 +346,55 @@ def test_a_defect_is_hidden_from_the_client_and_its_text_from_the_log(
         assert "canary" not in line
 
 
+def test_a_full_board_says_so_before_it_counts(path: Path, board: ScriptedBoard) -> None:
+    board.refused = Failed("overloaded", "full", 1_000)
+    board.measure_s = 30.0
+    assert post(path, body())[0] == 429
+
+
+def test_prompts_being_counted_are_bounded_also_when_their_clients_leave(
+    path: Path, board: ScriptedBoard
+) -> None:
+    board.measure_s = 1.0
+    raw = json.dumps(body()).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+    for _ in range(limits.MAX_MEASURING + 5):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(os.fspath(path))
+            sock.sendall(head.encode() + raw)
+            time.sleep(0.02)
+    assert board.measuring == limits.MAX_MEASURING
+    status, told, headers = post(path, body())
+    assert (status, told["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
+    time.sleep(1.2)
+    assert post(path, body())[0] == 200
+
+
+def test_connections_are_bounded_and_the_board_lives(
+    path: Path, board: ScriptedBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_API_CONNECTIONS", 10)
+    with contextlib.ExitStack() as held:
+        for _ in range(10):
+            sock = held.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(os.fspath(path))
+        time.sleep(0.1)
+        with pytest.raises(DaemonUnreachableError):
+            Client(path).get("/v1/status")
+    time.sleep(0.1)
+    assert Client(path).get("/v1/status") == {"ready": True}
+
+
+def test_a_body_that_is_not_as_encoded_as_it_says(path: Path) -> None:
+    raw = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(os.fspath(path))
+        sock.sendall(raw + b"Content-Length: 4\r\nConnection: close\r\n\r\nnope")
+        answer = sock.makefile("rb").read()
+    assert b" 400 " in answer.splitlines()[0]
+    assert b"invalid_request" in answer
+
+
 def test_without_its_model_the_board_says_so(path: Path, board: ScriptedBoard) -> None:
     board.engine_down = True
     status, told, _ = post(path, body())
@@ -382,6 +444,37 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(os.fspath(path))
     start(path)
+
+
+def test_another_ones_socket_is_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+
+    async def main() -> None:
+        first = Api(ScriptedBoard(), path, 0o600)
+        await first.start()
+        await asyncio.to_thread(path.rename, tmp_path / "moved")
+        second = Api(ScriptedBoard(), path, 0o600)
+        await second.start()
+        await first.stop()
+        assert await asyncio.to_thread(path.is_socket)
+        await second.stop()
+
+    asyncio.run(main())
+
+
+def test_a_busy_one_is_in_use_too(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    with contextlib.ExitStack() as held:
+        busy = held.enter_context(socket.socket(socket.AF_UNIX))
+        busy.bind(os.fspath(path))
+        busy.listen(0)
+        for _ in range(3):  # fill its backlog
+            client = held.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(os.fspath(path))
+        with pytest.raises(AddressInUseError):
+            start(path)
 
 
 def test_a_socket_in_use_is_left_alone(path: Path) -> None:

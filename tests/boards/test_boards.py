@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +281,41 @@ def test_nothing_is_told_to_the_makers_of_libraries(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_prompt_that_comes_while_the_model_loads_is_answered(models_dir: Path) -> None:
+    with group(1, MODEL, models_dir) as (board,):
+        until(board.socket.exists)
+        assert ask(board, max_tokens=4)["text"]
+
+
+def test_out_of_files_a_board_lives_on(models_dir: Path) -> None:
+    with group(1, MODEL, models_dir) as (board,):
+        wait_until_ready([board])
+        pid = board.process.pid
+        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 5, used + 5))
+        held = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+        try:
+            for sock in held:
+                sock.connect(str(board.socket))
+            time.sleep(1.5)
+        finally:
+            for sock in held:
+                sock.close()
+        assert until(lambda: board.client.get("/v1/status")["ready"])
+        assert board.process.poll() is None
+
+
+def test_the_users_own_settings_are_not_the_demonstrations(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / ".config" / "edgemoa" / "edgemoa.toml"
+    own.parent.mkdir(parents=True)
+    own.write_text('[net]\nport = 7999\n[api]\nsocket = "/nowhere"\n[moa]\nmax_tokens = 3\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out, err = demo(models_dir, "--json", "--boards", "2", "-k", "1").communicate()
+    assert json.loads(out)["tokens"] <= 3, err
+
+
 def test_systemd_is_told(models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -313,21 +350,23 @@ def test_the_demonstration_for_people_and_for_scripts(models_dir: Path) -> None:
     assert report["granted"]["layers"] == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_demonstration_leaves_no_process(
-    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # so that its processes can be told apart
-    process = demo(models_dir, "--max-tokens", "2000")
-    with process:
-        until(lambda: len(commands(f"{tmp_path}/edgemoa-")) == 3)
-        time.sleep(1.0)
-        process.send_signal(how)
-        process.communicate()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(how, -how)
-    until(lambda: not commands(f"{tmp_path}/edgemoa-"))
-    if how is not signal.SIGKILL:
-        assert list(tmp_path.iterdir()) == []
+    with tempfile.TemporaryDirectory() as place:  # short, and so that its processes can be told
+        monkeypatch.setenv("TMPDIR", place)
+        process = demo(models_dir, "--max-tokens", "2000")
+        with process:
+            until(lambda: len(commands(f"{place}/edgemoa-")) == 3)
+            time.sleep(1.0)
+            process.send_signal(how)
+            process.communicate()
+        expected = {signal.SIGINT: 130, signal.SIGKILL: -9}.get(how, 128 + how)
+        assert process.returncode == expected
+        until(lambda: not commands(f"{place}/edgemoa-"))
+        if how is not signal.SIGKILL:
+            assert list(Path(place).iterdir()) == []
 
 
 # --- what a daemon does not start with
