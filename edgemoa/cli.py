@@ -304,10 +304,11 @@ def _status(arguments: argparse.Namespace) -> int:
 def _devices(arguments: argparse.Namespace) -> int:
     from edgemoa import show
 
-    devices = _client(arguments).get("/v1/devices")["devices"]
+    told = _client(arguments).get("/v1/devices")
     if arguments.json:
-        print(json.dumps(devices))
+        print(json.dumps(told))
         return 0
+    devices = told["devices"]
     if not devices:
         print("no other board has been seen; is one running on this network?")
         return 0
