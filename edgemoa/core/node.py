@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -23,6 +23,7 @@ from edgemoa.core.events import (
     Effect,
     EngineInfo,
     Failed,
+    Finish,
     Granted,
     Job,
     LayerStarted,
@@ -533,25 +534,43 @@ class Node:
         record = next((r for r in reversed(run.records) if r.board_id == draft.board), None)
         self._answer(
             run,
-            Answered(
-                text=draft.text,
-                finish=draft.finish,
-                granted=run.granted,
-                proposals=tuple(run.records),
-                left_out=tuple(run.left_out),
-                prompt_tokens=run.request.prompt_tokens,
-                tokens=draft.tokens,
-                queue_ms=record.queue_ms if record else 0,
-                work_ms=record.work_ms if record else 0,
-                total_ms=now_ms - run.accepted_ms,
-                note="; ".join((*run.notes, note)),
-            ),
+            now_ms,
+            text=draft.text,
+            finish=draft.finish,
+            tokens=draft.tokens,
+            queue_ms=record.queue_ms if record else 0,
+            work_ms=record.work_ms if record else 0,
+            note=note,
         )
 
-    def _answer(self, run: Run, answered: Answered) -> None:
-        self._tell_text(run, answered.text)
+    def _answer(
+        self,
+        run: Run,
+        now_ms: int,
+        *,
+        text: str,
+        finish: Finish | Literal["deadline"],
+        tokens: int,
+        queue_ms: int,
+        work_ms: int,
+        note: str = "",
+    ) -> None:
+        self._tell_text(run, text)
         self._end(run, State.ANSWERED)
         self.counters.answered += 1
+        answered = Answered(
+            text=text,
+            finish=finish,
+            granted=run.granted,
+            proposals=tuple(run.records),
+            left_out=tuple(run.left_out),
+            prompt_tokens=run.request.prompt_tokens,
+            tokens=tokens,
+            queue_ms=queue_ms,
+            work_ms=work_ms,
+            total_ms=now_ms - run.accepted_ms,
+            note="; ".join((*run.notes, note) if note else run.notes),
+        )
         self._tell(run, answered)
 
     def _fail(self, run: Run, failed: Failed, state: State = State.FAILED) -> None:
@@ -579,21 +598,13 @@ class Node:
             started_ms = work.started_ms if work else now_ms
             self._answer(
                 run,
-                Answered(
-                    text=run.told,
-                    finish="deadline",
-                    granted=run.granted,
-                    proposals=tuple(run.records),
-                    left_out=tuple(run.left_out),
-                    prompt_tokens=run.request.prompt_tokens,
-                    tokens=run.pieces,
-                    queue_ms=max(started_ms - work.arrived_ms, 0) if work else 0,
-                    work_ms=max(now_ms - started_ms, 0),
-                    total_ms=now_ms - run.accepted_ms,
-                    note="; ".join(
-                        (*run.notes, "the deadline passed while the answer was being written")
-                    ),
-                ),
+                now_ms,
+                text=run.told,
+                finish="deadline",
+                tokens=run.pieces,
+                queue_ms=max(started_ms - work.arrived_ms, 0) if work else 0,
+                work_ms=max(now_ms - started_ms, 0),
+                note="the deadline passed while the answer was being written",
             )
         else:
             reason = "the deadline passed before the answer was written"
@@ -714,19 +725,12 @@ class Node:
             return
         self._answer(
             run,
-            Answered(
-                text=done.text,
-                finish=done.finish,
-                granted=run.granted,
-                proposals=tuple(run.records),
-                left_out=tuple(run.left_out),
-                prompt_tokens=run.request.prompt_tokens,
-                tokens=done.tokens,
-                queue_ms=queue_ms,
-                work_ms=done.work_ms,
-                total_ms=now_ms - run.accepted_ms,
-                note="; ".join(run.notes),
-            ),
+            now_ms,
+            text=done.text,
+            finish=done.finish,
+            tokens=done.tokens,
+            queue_ms=queue_ms,
+            work_ms=done.work_ms,
         )
 
     def _work_failed(self, work: Work, failure: WorkFailed, now_ms: int) -> None:
