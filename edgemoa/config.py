@@ -88,7 +88,8 @@ class Moa(Section, frozen=True):
         Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS, description="an answer's length at most"),
     ] = 512
     aggregation_prompt_file: Annotated[
-        str, Meta(description="what asks for an aggregation: text with {proposals} and {request}")
+        str,
+        Meta(description="replaces what asks for an aggregation; {request} repeats the request"),
     ] = ""
 
 

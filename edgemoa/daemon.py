@@ -414,13 +414,13 @@ def _strategy(config: Config) -> Synthesis:
     if not config.moa.aggregation_prompt_file:
         return Synthesis()
     file = Path(config.moa.aggregation_prompt_file).expanduser()
-    try:
-        return Synthesis(_read_text(file, "moa.aggregation_prompt_file"))
-    except ValueError as error:
+    instruction = _read_text(file, "moa.aggregation_prompt_file")
+    if not instruction:
         raise ConfigError(
-            f"moa.aggregation_prompt_file: {file}: {error}",
-            hint="write {proposals} where they belong, and {request} to repeat the request",
-        ) from None
+            f"moa.aggregation_prompt_file: {file} is empty",
+            hint="write what the model is to do with the answers; {request} repeats the request",
+        )
+    return Synthesis(instruction)
 
 
 def _join_secret(config: Config) -> JoinSecret | None:

@@ -52,7 +52,7 @@ class Extra(msgspec.Struct, forbid_unknown_fields=True):
 class ChatRequest(msgspec.Struct):
     """``POST /v1/chat/completions``, as far as it is understood."""
 
-    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_MESSAGES)]
+    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_TURNS)]
     model: str = GROUP_MODEL
     stream: bool | None = False
     stream_options: StreamOptions | None = None

@@ -16,7 +16,8 @@ MAX_DATAGRAM_BYTES: Final = 1200  # sealed; under every usual MTU, so that no IP
 MAX_FRAME_BYTES: Final = 1 * MIB  # one envelope over TLS
 MAX_PROMPT_BYTES: Final = 256 * KIB  # all messages of one conversation, UTF-8
 MAX_PROPOSAL_BYTES: Final = 64 * KIB
-MAX_MESSAGES: Final = 512  # turns in one conversation
+MAX_MESSAGES: Final = 512  # turns in what a model is given
+MAX_TURNS: Final = MAX_MESSAGES - 2  # of a user's conversation; an aggregation adds two
 MAX_NAME_BYTES: Final = 64
 MAX_REASON_BYTES: Final = 256
 

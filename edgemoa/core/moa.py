@@ -18,16 +18,13 @@ from edgemoa.core import limits
 from edgemoa.core.events import Finish, Granted, LeftOut, ProposalRecord, Request
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
 
-PROPOSALS, REQUEST = "{proposals}", "{request}"
-AGGREGATION_PROMPT: Final = (
-    "Other assistants have answered this. Some of what they say may be wrong or one-sided.\n\n"
-    f"{PROPOSALS}\n\n"
-    f"Now answer it yourself, correctly and in good order: {REQUEST}"
-)
-"""What follows the user's words in an aggregation. Small models follow the last thing that they
-read, so the instruction is short and the request stands at the end once more."""
+REQUEST: Final = "{request}"
+AGGREGATION_PROMPT: Final = f"Using the best of these answers, answer once more: {REQUEST}"
+"""What the user's side says after the proposals. Small models follow the last thing that they read,
+so it is short, and the request stands at the end once more."""
+BETWEEN_PROPOSALS: Final = "\n\n---\n\n"
 REPEATED_CHARACTERS: Final = 1_000  # a longer request is referred to, not repeated
-FRAME_TOKENS: Final = 32  # what is put around one proposal: quotation marks, blank lines
+FRAME_TOKENS: Final = 24  # what is put around one proposal
 SHORTEST_SHARE_TOKENS: Final = 16  # a proposal cut below this says nothing any more
 SHORTEST_SHARE_BYTES: Final = 64
 MOST_BYTES_PER_TOKEN: Final = 16  # in running text; who claims more has miscounted
@@ -127,18 +124,18 @@ class Strategy(Protocol):
 class Synthesis:
     """The paper's way: the owner's model writes one answer out of all proposals.
 
-    The user's own words come first and the proposals last, so that a model which has already read
-    the conversation can go on from there instead of reading it again.
+    They follow the conversation as a turn of the assistant's, and the instruction as a turn of the
+    user's. So a model that has already read the conversation can go on from there instead of
+    reading it again, and each proposal can be read as it arrives. They are not numbered: with the
+    default model, the same words after numbered proposals gave an answer that spoke of them, or of
+    its own corrections, for 13 of 14 prompts, and for 1 of 14 like this.
     """
 
-    def __init__(self, template: str = AGGREGATION_PROMPT) -> None:
+    def __init__(self, instruction: str = AGGREGATION_PROMPT) -> None:
         """
-        :param template: follows the user's words; ``{proposals}`` and ``{request}`` are put in.
-        :raises ValueError: there is no place for the proposals in it.
+        :param instruction: the last turn; ``{request}`` in it stands for the user's own words.
         """
-        if PROPOSALS not in template:
-            raise ValueError(f"{PROPOSALS} is missing")
-        self._template = template
+        self._instruction = instruction
 
     def propose(
         self, conversation: Sequence[ChatMessage], previous: Sequence[Draft], room: Room
@@ -175,15 +172,12 @@ class Synthesis:
     def _compose(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft]
     ) -> tuple[ChatMessage, ...]:
-        *before, last = conversation
-        quoted = "\n\n".join("> " + draft.text.replace("\n", "\n> ") for draft in drafts)
-        short = len(last.content) <= REPEATED_CHARACTERS
-        parts = {PROPOSALS: quoted, REQUEST: last.content if short else "the request above"}
-        asked = _PLACEHOLDER.sub(lambda place: parts[place[0]], self._template)
-        return (*before, ChatMessage(last.role, f"{last.content}\n\n{asked}"))
-
-
-_PLACEHOLDER = re.compile(f"{re.escape(PROPOSALS)}|{re.escape(REQUEST)}")
+        proposals = BETWEEN_PROPOSALS.join(draft.text for draft in drafts)
+        request = conversation[-1].content
+        if len(request) > REPEATED_CHARACTERS:
+            request = "my request above"
+        asked = self._instruction.replace(REQUEST, request)
+        return (*conversation, ChatMessage("assistant", proposals), ChatMessage("user", asked))
 
 
 def size_bytes(messages: Sequence[ChatMessage]) -> int:

@@ -380,7 +380,7 @@ def test_an_interrupted_demonstration_leaves_no_process(
         (["--set", "net.prot=1"], 3, "did you mean"),
         (["--set", "moa.quorum=9"], 3, "quorum"),
         (["--set", "net.join_secret_file=/nonesuch"], 3, "join_secret_file"),
-        (["--set", "moa.aggregation_prompt_file=/etc/hostname"], 3, "{proposals}"),
+        (["--set", "moa.aggregation_prompt_file=/dev/null"], 3, "{request}"),
         (["--set", "net.listen=300.1.1.1"], 3, "300.1.1.1"),
         (["--state-dir", "/proc/edgemoa"], 15, "/proc"),
         (["--socket", "/proc/edgemoa.sock"], 15, "/proc/edgemoa.sock"),

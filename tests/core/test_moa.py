@@ -43,37 +43,30 @@ def test_the_first_layer_gets_the_conversation_as_it_is() -> None:
     assert Synthesis().propose(ASK, [], PLENTY) == ASK
 
 
-def test_the_users_words_come_first_and_proposals_last_in_order() -> None:
+def test_the_conversation_comes_first_then_the_proposals_in_order() -> None:
     drafts = [draft(B, "scattering"), draft(A, "Rayleigh")]
     step = Synthesis().conclude(ASK, drafts, PLENTY)
     assert isinstance(step, Write)
     assert step.drafts == 2
-    system, last = step.messages
-    assert system == ASK[0]
+    *before, proposals, last = step.messages
+    assert tuple(before) == ASK  # what the model has read already
+    assert proposals == ChatMessage("assistant", "scattering\n\n---\n\nRayleigh")
     assert last.role == "user"
-    told = last.content
-    assert told.startswith(f"{ASK[1].content}\n\n")
-    assert told.index("> scattering") < told.index("> Rayleigh")
-    assert told.endswith(ASK[1].content)
+    assert last.content.endswith(ASK[1].content)
 
 
 def test_a_long_request_is_not_repeated() -> None:
     long = (ChatMessage("user", "x" * 2_000),)
     step = Synthesis().conclude(long, [draft(B, "y"), draft(C, "z")], PLENTY)
     assert isinstance(step, Write)
-    assert step.messages[-1].content.count("x" * 2_000) == 1
+    assert sum(m.content.count("x" * 2_000) for m in step.messages) == 1
 
 
-def test_the_template_can_be_replaced_and_proposals_cannot_fill_it() -> None:
-    strategy = Synthesis("Pick: {proposals} for {request}")
-    step = strategy.conclude(ASK, [draft(B, "{request} {proposals}"), draft(C, "y\nz")], PLENTY)
+def test_the_instruction_can_be_replaced_and_proposals_cannot_fill_it() -> None:
+    step = Synthesis("Pick: {request}").conclude(ASK, [draft(B, "{request}")], PLENTY)
     assert isinstance(step, Write)
-    question = ASK[1].content
-    assert step.messages[-1].content == (
-        f"{question}\n\nPick: > {{request}} {{proposals}}\n\n> y\n> z for {question}"
-    )
-    with pytest.raises(ValueError, match="proposals"):
-        Synthesis("Pick one.")
+    assert step.messages[-2].content == "{request}"
+    assert step.messages[-1].content == f"Pick: {ASK[1].content}"
 
 
 def test_the_owners_proposal_alone_is_the_answer_and_a_peers_alone_is_not() -> None:

@@ -143,7 +143,7 @@ def test_algorithm_1_with_one_layer() -> None:
     rig.propose(B, "bee")
     assert rig.one(Aggregating).proposals == 3
     aggregation = rig.started[1].job
-    text = aggregation.messages[-1].content
+    text = aggregation.messages[-2].content
     assert text.index("see") < text.index("mine") < text.index("bee")
     rig.take(rig.node.wrote(aggregation.job_id, "Beca", rig.now))
     rig.take(rig.node.wrote(aggregation.job_id, "use.", rig.now))
@@ -163,13 +163,13 @@ def test_two_layers_feed_each_other() -> None:
     rig.done("mine")
     second = rig.messages(Propose)[1][1]
     assert (second.layer, first.layer) == (2, 1)
-    assert "first" in second.messages[-1].content
-    assert "mine" in second.messages[-1].content
+    assert "first" in second.messages[-2].content
+    assert "mine" in second.messages[-2].content
     other = rig.messages(Propose)[1][0]
     rig.propose(peer, "late repeat of layer 1")
     rig.propose(other, "second", layer=2)
     rig.done("mine too")
-    text = rig.started[-1].job.messages[-1].content
+    text = rig.started[-1].job.messages[-2].content
     assert "second" in text
     assert "mine too" in text
     assert "first" not in text
@@ -252,7 +252,7 @@ def test_the_owners_own_proposal_can_be_late_too() -> None:
     rig.propose(B)
     rig.tick(5_000, B)
     assert rig.stopped == [own]
-    assert "theirs" in rig.started[-1].job.messages[-1].content
+    assert "theirs" in rig.started[-1].job.messages[-2].content
     rig.take(rig.node.finished(own, WorkDone("late", "stop", 1, 1, 1, 1), rig.now))
     assert not rig.events(Answered)
 
@@ -501,7 +501,7 @@ def test_an_aggregation_over_the_context_is_tried_with_less() -> None:
     lengths = []
     for _ in range(3):
         job = rig.started[-1].job
-        lengths.append(len(job.messages[-1].content))
+        lengths.append(len(job.messages[-2].content))
         rig.take(rig.node.failed(job.job_id, WorkFailed("too long", code="context"), rig.now))
     assert lengths == sorted(lengths, reverse=True)
     rig.done("Answer")
