@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -327,6 +328,9 @@ class Daemon:
             # asyncio accepts again by itself when there are files to be had.
             log.warning("out of files or memory for connections", extra={"errno": error.errno})
             return
+        if _is_of_zeroconf(error):
+            log.warning("mDNS failed", extra={"cause": type(error).__name__})
+            return
         self._stop_for_defect(str(context.get("message", "unknown")), error)
 
     def _stop_for_defect(self, what: str, error: BaseException | None) -> None:
@@ -396,6 +400,16 @@ class _Mailbox:
             self._there.clear()
             await self._there.wait()
         return self._events.popleft()
+
+
+def _is_of_zeroconf(error: object) -> bool:
+    """Whether mDNS raised this by itself, in a timer or reader of its own. What it hears comes
+    from anybody, so that must not stop the daemon."""
+    if not isinstance(error, BaseException):
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = str(Path(__file__).parent)
+    return any("zeroconf" in f for f in files) and not any(f.startswith(ours) for f in files)
 
 
 def notify(*lines: str) -> None:

@@ -120,7 +120,8 @@ def check_board_id(text: str) -> BoardId:
 
     :raises ProtocolError: if they are not, or it is not 56 lower-case base32 characters.
     """
-    if len(text) == BOARD_ID_CHARACTERS and text.isascii() and text == text.lower():
+    plain = text.isascii() and text == text.lower() and "=" not in text
+    if plain and len(text) == BOARD_ID_CHARACTERS:
         try:
             raw = base64.b32decode(text.upper())
         except binascii.Error:

@@ -42,7 +42,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=turns, add_generation_prompt=True, tools=None, **self._tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError):
+        except Exception:  # a model's template is a program; it may fail in any way
             raise InvalidPromptError(
                 "The model's chat template refuses this order of turns.",
                 hint="Most take an optional system turn, then user and assistant in alternation.",

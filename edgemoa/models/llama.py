@@ -17,6 +17,7 @@ MAX_LAYERS: Final = 512
 MAX_WIDTH: Final = 1 << 18  # of a hidden state, a feed-forward layer, or all heads
 MAX_CONTEXT: Final = 1 << 20
 MAX_VOCABULARY: Final = 1 << 20
+MAX_HEAD_SIZE: Final = 512  # the rope caches grow with it, times the context
 HEAD_STEP: Final = 8  # GroupQueryAttention takes head sizes in steps of 8
 
 
@@ -68,7 +69,12 @@ class Llama:
             raise ModelInvalidError(
                 "values or rope of another width than the keys are not supported"
             )
-        if heads % kv_heads or head_size % HEAD_STEP or heads * head_size > MAX_WIDTH:
+        if (
+            heads % kv_heads
+            or head_size % HEAD_STEP
+            or head_size > MAX_HEAD_SIZE
+            or heads * head_size > MAX_WIDTH
+        ):
             raise ModelInvalidError(
                 f"attention with {heads} heads of {head_size} over {kv_heads} key-value heads "
                 "is not supported"

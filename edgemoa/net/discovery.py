@@ -10,8 +10,9 @@ import asyncio
 import importlib
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from edgemoa.core import envelope, limits
 from edgemoa.core.messages import BoardId
@@ -29,6 +30,10 @@ SERVICE: Final = "_edgemoa._tcp.local."
 _RESOLVE_MS: Final = 1500
 _MAX_RESOLVING: Final = 16
 _CONFLICT_S: Final = 10.0
+_RETRY_S: Final = (2.0, 60.0)
+_LATE_NETWORK_S: Final = 5.0
+_LOOPBACK: Final = "127.0.0.1"
+_GROUP: Final = "224.0.0.251"
 _CONTAINER_INTERFACES: Final = ("docker", "veth", "br-", "virbr", "lxc", "cni", "flannel")
 
 Address = tuple[str, int]
@@ -104,14 +109,35 @@ class Discovery:
         self._tasks.spawn(self._run(), "mdns")
 
     async def _run(self) -> None:
+        """Keep mDNS going. It is a hint, and its trouble is never the daemon's: whatever fails is
+        said, and tried again."""
         # Takes a moment to load, and a board with mdns = false never needs it.
         await asyncio.to_thread(importlib.import_module, "zeroconf.asyncio")
+        wait_s = _RETRY_S[0]
+        while True:
+            try:
+                await self._serve()
+                wait_s = _RETRY_S[0]
+            except Exception as error:
+                log.warning(
+                    "no mDNS: boards are found by seeds and last addresses only",
+                    extra={"cause": f"{type(error).__name__}: {error}", "again_in_s": wait_s},
+                )
+            finally:
+                await self._close()
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _RETRY_S[1])
+
+    async def _serve(self) -> None:
+        """Announce and listen until there may be better interfaces to do it on."""
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo  # noqa: PLC0415
 
-        addresses = list(self._interfaces) or await asyncio.to_thread(usual_addresses)
+        addresses = await asyncio.to_thread(_usable, self._interfaces)
         self._zeroconf = _open(addresses)
-        if self._zeroconf is None:
-            return
+        await self._zeroconf.zeroconf.async_wait_for_start()
+        for listener in self._zeroconf.zeroconf.engine.protocols:
+            if listener.transport is not None:
+                listener.transport.transport.set_protocol(Sieve(listener))
         info = AsyncServiceInfo(
             SERVICE,
             f"{self._own}.{SERVICE}",
@@ -124,16 +150,24 @@ class Discovery:
             self._zeroconf.zeroconf, SERVICE, handlers=[self._changed]
         )
         await self._announce(info)
+        if self._interfaces or addresses != [_LOOPBACK]:
+            await asyncio.Event().wait()  # for ever
+        # A board that came up before its network: look again, now and then.
+        while await asyncio.to_thread(_usable, ()) == [_LOOPBACK]:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(_LATE_NETWORK_S)
 
     async def stop(self) -> None:
         """Say goodbye and stop."""
         await self._tasks.close()
-        if self._browser is not None:
-            await self._browser.async_cancel()
-            self._browser = None
-        if self._zeroconf is not None:
-            await self._zeroconf.async_close()
-            self._zeroconf = None
+        await self._close()
+
+    async def _close(self) -> None:
+        browser, self._browser = self._browser, None
+        zeroconf, self._zeroconf = self._zeroconf, None
+        if browser is not None:
+            await browser.async_cancel()
+        if zeroconf is not None:
+            await zeroconf.async_close()
 
     async def _announce(self, info: AsyncServiceInfo) -> None:
         from zeroconf import NonUniqueNameException  # noqa: PLC0415
@@ -186,6 +220,9 @@ class Discovery:
                 heard = [a for a in info.parsed_scoped_addresses() if _is_host(a)]
                 if heard:
                     self._found(board, tuple((a, info.port) for a in heard))
+        except Exception as error:
+            # zeroconf writes back names that it could not read (0.154); a hint less.
+            log.debug("an announcement was not understood", extra={"cause": type(error).__name__})
         finally:
             self._resolving.discard(board)
 
@@ -204,21 +241,78 @@ def usual_addresses() -> list[str]:
             address = ipaddress.ip_address(text)
             if not (address.is_loopback or (address.is_link_local and address.version == 6)):
                 found.append(text)
-    return found or ["127.0.0.1"]
+    return found or [_LOOPBACK]
 
 
-def _open(addresses: list[str]) -> AsyncZeroconf | None:
-    """mDNS on these interfaces; on those with IPv4 if IPv6 does not work; else None."""
+def _usable(interfaces: tuple[str, ...]) -> list[str]:
+    """The addresses to do mDNS on: those that were asked for, or the usual ones, as far as they
+    take part in multicast now. One that is gone must not keep the others from being used."""
+    wanted = list(interfaces) or usual_addresses()
+    usable = [address for address in wanted if _joins(address)]
+    return usable or wanted
+
+
+def _joins(address: str) -> bool:
+    if ":" in address:
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            membership = socket.inet_aton(_GROUP) + socket.inet_aton(address)
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        except OSError:
+            return False
+    return True
+
+
+def _open(addresses: list[str]) -> AsyncZeroconf:
+    """mDNS on these interfaces, or on those with IPv4 if IPv6 does not work.
+
+    :raises OSError, RuntimeError, ValueError: if neither works.
+    """
     from zeroconf.asyncio import AsyncZeroconf  # noqa: PLC0415
 
-    failure: Exception | None = None
-    for choice in (addresses, [a for a in addresses if ":" not in a]):
+    try:
+        return AsyncZeroconf(interfaces=addresses)
+    except (OSError, RuntimeError, ValueError):
+        return AsyncZeroconf(interfaces=[a for a in addresses if ":" not in a])
+
+
+class Sieve(asyncio.DatagramProtocol):
+    """Keeps from zeroconf what it cannot digest.
+
+    zeroconf (0.154) reads a label that is not UTF-8 with U+FFFD in the place of each bad byte, and
+    raises when it later writes the longer name, in a timer or a reader where nobody can catch it:
+    any stranger on the network could do that. Such packets end here.
+    """
+
+    def __init__(self, listener: Any) -> None:
+        self._listener = listener
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        """Passes on what can be read and written again."""
         try:
-            return AsyncZeroconf(interfaces=choice)
-        except (OSError, RuntimeError, ValueError) as error:
-            failure = error
-    log.warning("no mDNS (%s): boards are found by seeds and last addresses only", failure)
-    return None
+            if _readable(data):
+                self._listener.datagram_received(data, addr)
+        except Exception as error:
+            log.debug("an mDNS packet was dropped", extra={"cause": type(error).__name__})
+
+    def error_received(self, exc: Exception) -> None:
+        """Passed on."""
+        self._listener.error_received(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Passed on."""
+        self._listener.connection_lost(exc)
+
+
+def _readable(data: bytes) -> bool:
+    from zeroconf import DNSIncoming  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    packet = DNSIncoming(data)
+    names = [question.name for question in packet.questions]
+    for record in packet.answers():
+        names += [record.name, getattr(record, "alias", ""), getattr(record, "server", "") or ""]
+    return packet.valid and "\N{REPLACEMENT CHARACTER}" not in "".join(names)
 
 
 def _is_host(text: str) -> bool:

@@ -155,7 +155,7 @@ def _load(file: Path) -> Identity:
 def make_certificate(key: Ed25519PrivateKey) -> x509.Certificate:
     """The self-signed certificate of a key; always the same one (Ed25519 signs without chance)."""
     public_key = key.public_key().public_bytes_raw()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, envelope.board_id(public_key))])
+    name = _name(key.public_key())
     return (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -167,6 +167,11 @@ def make_certificate(key: Ed25519PrivateKey) -> x509.Certificate:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, algorithm=None)
     )
+
+
+def _name(key: Ed25519PublicKey) -> x509.Name:
+    common_name = envelope.board_id(key.public_bytes_raw())
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def read_certificate(der: bytes) -> bytes:
@@ -182,6 +187,10 @@ def read_certificate(der: bytes) -> bytes:
         key = certificate.public_key()
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         if not isinstance(key, Ed25519PublicKey) or constraints.ca:
+            raise ProtocolError("not a board's certificate")
+        # Nothing else in it: TLS libraries decode what a verified certificate says, and trip.
+        name = _name(key)
+        if len(certificate.extensions) > 1 or {certificate.subject, certificate.issuer} != {name}:
             raise ProtocolError("not a board's certificate")
         certificate.verify_directly_issued_by(certificate)
     except _NOT_A_CERTIFICATE:

@@ -52,8 +52,9 @@ _CONNECTIONS_PER_S: Final = 20.0  # from one address
 _CONNECTIONS_BURST: Final = 64.0
 _SEED_S: Final = (0.5, 30.0)  # between looks at a seed: at first, and in the end
 _SETTLED_S: Final = 2.0  # a link that lived shorter did not work
-_BREAKS: Final = (OSError, EOFError, TimeoutError)
-"""What a connection that does not come about, or ends, raises (TLS errors are OSErrors)."""
+_BREAKS: Final = (OSError, EOFError, TimeoutError, UnicodeError)
+"""What a connection that does not come about, or ends, raises (TLS errors are OSErrors; texts in
+certificates and host names can be undecodable)."""
 
 
 class Handlers(Protocol):
@@ -232,9 +233,13 @@ class Network:
             await asyncio.to_thread(self._store.revoke, board)
             self._revoked.add(board)
             peer, keeper = self._peers.pop(board), self._keepers.pop(board)
-            self._pin()
             keeper.cancel()
             peer.drop()
+            # The roster decides who may speak; that the contexts forget it, too, can wait.
+            try:
+                self._contexts = self._pinning()
+            except OSError as error:
+                log.warning("the TLS settings are still the old ones: %s", error.strerror)
         log.warning("unpaired", extra={"board": board, "reason": reason})
         self._handlers.on_unpaired(board, reason)
 
@@ -254,10 +259,10 @@ class Network:
             self._keep_linked(peer), f"keep linked {short(board.id)}"
         )
 
-    def _pin(self) -> None:
-        self._contexts = tls.make_contexts(
-            self._identity, (p.board.certificate for p in self._peers.values())
-        )
+    def _pinning(self, *more: bytes) -> tls.Contexts:
+        """TLS settings that trust the paired boards, and ``more`` certificates."""
+        pinned = (peer.board.certificate for peer in self._peers.values())
+        return tls.make_contexts(self._identity, (*pinned, *more))
 
     def _check_trustable(self, board: BoardId) -> None:
         if board == self._identity.board_id:
@@ -276,10 +281,11 @@ class Network:
             board = PairedBoard(
                 other.id, other.public_key, other.certificate, other.name, addresses
             )
+            contexts = self._pinning(board.certificate)  # first what can fail, then what changes
             await asyncio.to_thread(self._store.add, board)
             log.info("paired", extra={"board": other.id, "board_name": other.name})
             self._add_peer(board)
-            self._pin()
+            self._contexts = contexts
             self._handlers.on_paired(board.id, board.name)
 
     # --- hearing of boards
@@ -302,7 +308,7 @@ class Network:
         loop = asyncio.get_running_loop()
         wait = _SEED_S[0]
         while True:
-            with contextlib.suppress(*_BREAKS, ProtocolError):
+            with contextlib.suppress(*_BREAKS, ValueError, ProtocolError):
                 for info in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
                     address: Address = (str(info[4][0]), port)
                     board = await self._who_is_at(address)
@@ -499,7 +505,9 @@ class Network:
         """Try each address; where the board answers, serve the link until it ends. Returns whether
         it lived long enough to call it one."""
         loop = asyncio.get_running_loop()
-        addresses = dict.fromkeys([*self._hints.get(peer.board.id), *peer.board.addresses])
+        # First where it last proved itself: anybody can announce it elsewhere.
+        known = peer.board.addresses
+        addresses = dict.fromkeys([*known[:1], *self._hints.get(peer.board.id), *known[1:]])
         if not addresses:
             peer.detail = peer.detail or "not heard of yet"
         for address in addresses:
@@ -655,8 +663,16 @@ class Network:
 def _parse_seed(seed: str) -> Address:
     host, colon, port = seed.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535):
-        raise ConfigError(f"'{seed}' is not a seed", hint='write "host:port", e.g. "pi4.lan:7946"')
-    return host.strip("[]"), int(port)
+        raise ConfigError(f"'{seed}' is not a seed", hint=_SEED_FORM)
+    host = host.strip("[]")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ConfigError(f"'{host}' is not a host name", hint=_SEED_FORM) from None
+    return host, int(port)
+
+
+_SEED_FORM: Final = 'write "host:port", e.g. "pi4.lan:7946"'
 
 
 def _show(addresses: tuple[Address, ...]) -> str:

@@ -286,6 +286,7 @@ class Peer:
             self._give_up(entry)
         elif age >= self._timings.deliver:
             self._give_up(entry)
+            self._pump()  # its place is free
         else:
             entry.after(1.0, self._overdue)
 

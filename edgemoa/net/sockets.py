@@ -93,7 +93,7 @@ class Sockets:
         assert udp is not None, "bind() comes first"  # noqa: S101
 
         def drain() -> None:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # nothing more to read, or an earlier send failed
                 for _ in range(_DATAGRAMS_A_PASS):
                     datagram = udp.recv(limits.MAX_DATAGRAM_BYTES + 1)
                     if len(datagram) <= limits.MAX_DATAGRAM_BYTES:

@@ -99,9 +99,9 @@ def read_hello(packet: bytes) -> Hello:
     low, high = hello.versions
     if not max(low, MIN_VERSION) <= min(high, MAX_VERSION):
         raise ProtocolError(
-            f"the other board speaks protocol {low} to {high}, this one {MIN_VERSION} to"
-            f" {MAX_VERSION}",
-            hint="upgrade the older of the two",
+            "the other board speaks another protocol version",
+            hint=f"it speaks {low} to {high}, this one {MIN_VERSION} to {MAX_VERSION}: "
+            "upgrade the older of the two",
         )
     return hello
 

@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,11 +108,16 @@ def test_certificates_that_must_not_be_pinned() -> None:
     right = make_certificate(key)
 
     def made(
-        *, ca: bool | None = False, issuer: Ed25519PrivateKey = key, other: bool = False
+        *,
+        ca: bool | None = False,
+        issuer: Ed25519PrivateKey = key,
+        other: bool = False,
+        name: x509.Name = right.subject,
+        more: x509.ExtensionType | None = None,
     ) -> bytes:
         builder = x509.CertificateBuilder(
             right.issuer,
-            right.subject,
+            name,
             generate_private_key(SECP256R1()).public_key() if other else key.public_key(),
             right.serial_number,
             right.not_valid_before_utc,
@@ -119,6 +125,8 @@ def test_certificates_that_must_not_be_pinned() -> None:
         )
         if ca is not None:
             builder = builder.add_extension(x509.BasicConstraints(ca, None), critical=True)
+        if more is not None:
+            builder = builder.add_extension(more, critical=False)
         return builder.sign(issuer, None).public_bytes(serialization.Encoding.DER)
 
     assert read_certificate(made()) == key.public_key().public_bytes_raw()
@@ -127,6 +135,13 @@ def test_certificates_that_must_not_be_pinned() -> None:
         made(ca=None),
         made(issuer=Ed25519PrivateKey.generate()),
         made(other=True),
+        made(name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mallory")])),
+        # Text that is none: Python's ssl would raise in the event loop after the handshake.
+        made(
+            more=x509.SubjectAlternativeName(
+                [x509.OtherName(x509.ObjectIdentifier("1.3.6.1.5.5.7.8.9"), b"\x0c\2\xff\xfe")]
+            )
+        ),
         made()[:-1],
         made() + b"\0",
         bytes(100_000),

@@ -409,3 +409,16 @@ def test_a_capture_of_everything_never_shows_the_prompt(tmp_path: Path) -> None:
             assert secret not in wire_tap
 
     run(tmp_path, test)
+
+
+def test_pairing_that_cannot_be_finished_changes_nothing(tmp_path: Path) -> None:
+    async def test(bed: Bed) -> None:
+        a = await bed.board("a", mdns=True)
+        await asyncio.to_thread(a.identity.file.rename, tmp_path / "away")
+        b = await bed.board("b", mdns=True)
+        await asyncio.sleep(1.5)
+        assert (a.heard.paired, await asyncio.to_thread(a.store.boards)) == ({}, [])
+        await asyncio.to_thread((tmp_path / "away").rename, a.identity.file)
+        await until(lambda: a.linked(b) and b.linked(a))
+
+    run(tmp_path, test)

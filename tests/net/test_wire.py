@@ -51,7 +51,7 @@ def test_versions(versions: tuple[int, int], fits: bool) -> None:
     if fits:
         wire.read_hello(packet)
     else:
-        with pytest.raises(ProtocolError, match="speaks protocol"):
+        with pytest.raises(ProtocolError, match="another protocol version"):
             wire.read_hello(packet)
 
 
