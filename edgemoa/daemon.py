@@ -73,6 +73,7 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._in_a_hurry = asyncio.Event()
         self._went_idle = asyncio.Event()
+        self._engine_started = asyncio.Event()
         self._defect = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
@@ -147,6 +148,7 @@ class Daemon:
         await self._network.start()
         stack.push_async_callback(self._engine.stop)
         await self._engine.start()
+        self._engine_started.set()
         stack.callback(self._last_words)
         self._tell(self._node.tick)
         if self._stop_at_eof:
@@ -258,6 +260,7 @@ class Daemon:
 
     async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
         """See :class:`edgemoa.api.server.Service`."""
+        await self._engine_started.wait()  # the API listens a moment earlier
         return await self._engine.measure(messages)
 
     def refusal(self) -> Failed | None:

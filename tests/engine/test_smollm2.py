@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from edgemoa.core.messages import ChatMessage
-from edgemoa.engine.genai import load
+from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.engine.frames import Done, Event, Generate
+from edgemoa.engine.genai import CHUNKS, load
 
 from .harness import conversation, job, pid_of, running
 
@@ -181,3 +182,19 @@ def test_a_text_is_read_beyond_a_nul(smollm2: Path) -> None:
     backend = load(smollm2, threads=1)
     tokens = backend._encode(conversation("one\0two"))
     assert "two" in backend._tokenizer.decode(np.array(tokens, np.int32))
+
+
+def test_the_text_does_not_depend_on_how_fast_the_board_was_at_the_start(smollm2: Path) -> None:
+    """The prefill step is chosen by a measurement; no choice may change what is written."""
+    backend = load(smollm2, threads=1)
+    for prompt in ("Say hello.", QUESTION, LONG_PROMPT[:1_000]):
+        count = backend.count(conversation(prompt))
+        texts = set()
+        # Steps that leave one token over, several, and none.
+        for backend.chunk_tokens in (*CHUNKS, count - 1, count, count + 1):
+            backend.admit(Generate(1, conversation(prompt), Sampling(max_tokens=24), False))
+            events: list[Event] = []
+            while not any(isinstance(event, Done) for event in events):
+                events += backend.step()
+            texts.add(next(e.result.text for e in events if isinstance(e, Done)))
+        assert len(texts) == 1
