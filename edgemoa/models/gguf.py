@@ -31,12 +31,13 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 MAX_KEYS: Final = 1 << 16
 MAX_TENSORS: Final = 1 << 16
-MAX_ARRAY_ITEMS: Final = 1 << 22  # the largest vocabularies and merge lists are below 2**20
-MAX_TEXT_BYTES: Final = 1 << 24  # one string: a chat template is some kilobytes
+MAX_ITEMS: Final = 1 << 21  # of all arrays together; the most that was seen is 1.3 million
+MAX_TEXT_BYTES: Final = 1 << 20  # one string: a chat template is some kilobytes
+MAX_HEADER_BYTES: Final = 1 << 26  # without tensor data; the largest that was seen is 17 MB
 MAX_NAME_BYTES: Final = 256
 MAX_DIMENSIONS: Final = 4
 MAX_ALIGNMENT: Final = 1 << 16
-SLAB_BYTES: Final = 4 << 20
+SLAB_BYTES: Final = 1 << 20
 
 Value = bool | int | float | str | list["Value"]
 
@@ -177,10 +178,13 @@ class GgufFile:
 
     # --- typed access to metadata: each names the key in its error
 
-    def text(self, key: str, default: str | None = None) -> str:
+    def text(self, key: str, default: str | None = None, *, most: int = 256) -> str:
+        """At most ``most`` characters: a name, unless it is said to be more."""
         value = self.metadata.get(key, default)
-        if not isinstance(value, str):
-            raise ModelInvalidError(f"{self.path.name}: {key} is not a string")
+        if not isinstance(value, str) or len(value) > most:
+            raise ModelInvalidError(
+                f"{self.path.name}: {key} is not a string of up to {most} characters"
+            )
         return value
 
     def integer(self, key: str, default: int | None = None, *, most: int = 1 << 31) -> int:
@@ -227,6 +231,8 @@ class _Header:
         self._file = file
         self._size = size
         self._left = size
+        self._items = 0
+        self._taken = 0
 
     def parse(self) -> tuple[int, dict[str, Value], dict[str, Tensor]]:
         if self._size < 24 or self._take(4) != MAGIC:
@@ -310,13 +316,13 @@ class _Header:
             raise ModelInvalidError(f"GGUF value of the unknown type {kind}")
         item_kind = self._int("<I")
         count = self._int("<Q")
-        if item_kind in _SCALARS:
-            layout = _SCALARS[item_kind]
-            width = struct.calcsize(layout)
-            self._at_most("array items", count, min(MAX_ARRAY_ITEMS, self._left // width))
+        layout = _SCALARS.get(item_kind, "")
+        width = struct.calcsize(layout) if layout else 8
+        self._at_most("array items", count, min(MAX_ITEMS - self._items, self._left // width))
+        self._items += count
+        if layout:
             return list(struct.unpack(f"<{count}{layout[1]}", self._take(count * width)))
         if item_kind == _STRING:
-            self._at_most("array items", count, min(MAX_ARRAY_ITEMS, self._left // 8))
             return [self._string(MAX_TEXT_BYTES) for _ in range(count)]
         raise ModelInvalidError(f"GGUF arrays of the type {item_kind} are not supported")
 
@@ -338,15 +344,18 @@ class _Header:
     def _take(self, count: int) -> bytes:
         if count > self._left:
             raise ModelInvalidError("the GGUF header ends early: the file is truncated")
+        self._at_most("bytes of metadata", self._taken + count, MAX_HEADER_BYTES)
         data = self._file.read(count)
         if len(data) != count:
             raise ModelInvalidError("the GGUF file became shorter while it was read")
         self._left -= count
+        self._taken += count
         return data
 
     def _at_most(self, what: str, count: int, most: int) -> None:
         if count > most:
             raise ModelInvalidError(
-                f"the GGUF header claims {count} {what}, more than the file can hold",
+                f"the GGUF header claims {count} {what}, "
+                "more than the file can hold or a model needs",
                 hint="the file is damaged; fetch or copy it again",
             )

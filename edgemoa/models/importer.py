@@ -1,6 +1,6 @@
 """From a GGUF file to a folder that onnxruntime-genai and our engine run, without loss.
 
-Quantized blocks are carried over bit for bit (see ``blocks``); nothing needs torch. Tensors stream
+Quantized blocks are carried over as they are (see ``blocks``); nothing needs torch. Tensors stream
 from file to file in slabs, so that memory stays far below the size of the model.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -20,26 +21,45 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgemoa.errors import HashMismatchError, ModelInvalidError, UserError
-from edgemoa.models.blocks import BLOCK, FORMATS, Format, dequantize, split
+from edgemoa.models.architecture import Architecture, read_architecture
+from edgemoa.models.blocks import (
+    BLOCK,
+    FLOAT_TYPES,
+    FLOATS,
+    FORMATS,
+    SUPERBLOCK,
+    Blocks,
+    Format,
+    dequantize,
+    pack,
+    split,
+)
 from edgemoa.models.gguf import GgufFile, Tensor
-from edgemoa.models.graph import ELEMENT, Decoder, Layer, Matrix, WeightsFile, decoder_graph
+from edgemoa.models.graph import (
+    SESSION_CONFIG,
+    Decoder,
+    Layer,
+    Matrix,
+    WeightsFile,
+    decoder_graph,
+)
 from edgemoa.models.library import (
     CHUNK_BYTES,
+    IMPORTER_VERSION,
     Manifest,
     ModelFile,
     ModelLibrary,
     Staging,
     content_id,
 )
-from edgemoa.models.llama import ARCHITECTURE, Llama
 from edgemoa.models.progress import Progress
 from edgemoa.models.tokenizer import Tokenizer
 
-IMPORTER_VERSION: Final = 1  # raise it when the same GGUF gives other files
 WEIGHTS: Final = "weights.bin"
 GENERATION_GRAPH: Final = "model.onnx"
 SCORING_GRAPH: Final = "score.onnx"
 FLOAT32_BYTES: Final = 4
+SMALL_BYTES: Final = 24 << 20  # graphs, and the tokenizer of a vocabulary of 260,000
 
 
 def import_gguf(
@@ -53,11 +73,9 @@ def import_gguf(
     Raises :class:`ModelInvalidError` for what the file is, :class:`UserError` if the name is taken
     or the file cannot be read, :class:`DiskFullError` and :class:`StateError` for the place.
     """
-    try:
-        size = source.stat().st_size
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from None
-    with library.staging(name, import_bytes(size), progress) as staging:
+    with _opened(source) as gguf:
+        need_bytes = written_bytes(gguf)
+    with library.staging(name, need_bytes, progress) as staging:
         if staging.target.exists():
             raise UserError(
                 f"there is a model {name!r} already",
@@ -75,8 +93,34 @@ def place_gguf(
 
 
 def import_bytes(gguf_bytes: int) -> int:
-    """What an import writes at most: the weights as they are, graphs, rope caches, tokenizer."""
-    return gguf_bytes + gguf_bytes // 10 + (16 << 20)
+    """What an import is likely to write, for a file that is not there yet: its weights as they are,
+    graphs, tokenizer. Types of 5 and 6 bits take more; :func:`written_bytes` tells exactly.
+    """
+    return gguf_bytes + gguf_bytes // 20 + SMALL_BYTES
+
+
+def written_bytes(gguf: GgufFile) -> int:
+    """What the import of this file writes at most."""
+    total = SMALL_BYTES
+    for tensor in gguf.tensors.values():
+        weights = prod(tensor.shape)
+        form = FORMATS.get(tensor.type.name, FLOATS)
+        if tensor.shape[-1] % BLOCK or len(tensor.shape) < 2:
+            form = FLOATS
+        if not form.bits:
+            total += FLOAT32_BYTES * weights
+        elif form.superblocks:
+            total += weights * form.bits // 8 + 2 * weights // BLOCK + 4 * weights // SUPERBLOCK
+        else:
+            total += weights * form.bits // 8 + (4 if form.centre else 2) * weights // BLOCK
+    return total
+
+
+def _opened(source: Path) -> GgufFile:
+    try:
+        return GgufFile(source)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
 
 
 def convert(
@@ -93,18 +137,14 @@ def convert(
     ``reference`` keeps dequantized float32 weights instead of blocks: several times larger and
     slower, the yardstick for what quantized activations cost.
     """
-    try:
-        gguf = GgufFile(source)
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}") from None
-    with gguf:
+    with _opened(source) as gguf:
         found = _hash(gguf, progress)
         if sha256 is not None and found != sha256:
             raise HashMismatchError(
                 f"{source.name} has the SHA-256 {found}, not {sha256}",
                 hint="the file is damaged or another one; fetch it again",
             )
-        model = Llama.read(gguf)
+        model = read_architecture(gguf)
         tokenizer = Tokenizer.read(gguf)
         if len(tokenizer.tokens) > model.vocabulary:
             raise ModelInvalidError("the tokenizer has more tokens than the embedding has rows")
@@ -127,14 +167,19 @@ def convert(
         for key, content in contents.items():
             (folder / key).write_bytes(content)
             files.append(ModelFile(key, len(content), hashlib.sha256(content).hexdigest()))
+        weights_by_type: Counter[str] = Counter()
+        for tensor in gguf.tensors.values():
+            weights_by_type[tensor.type.name] += prod(tensor.shape)
         return Manifest(
             name=name,
             model_id=content_id(tuple(files)),
             source_sha256=found,
             importer=IMPORTER_VERSION,
-            architecture=ARCHITECTURE,
-            quantization="F32" if reference else _quantization(gguf),
-            parameters=sum(prod(tensor.shape) for tensor in gguf.tensors.values()),
+            architecture=model.name,
+            quantization="F32" if reference else weights_by_type.most_common(1)[0][0],
+            parameters=weights_by_type.total(),
+            weights=dict(weights_by_type.most_common()),
+            has_chat_template=bool(tokenizer.chat_template),
             context_length=model.context,
             vocabulary=model.vocabulary,
             layers=model.layers,
@@ -147,107 +192,145 @@ def convert(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the file; ``parts`` are the rows of what lies in it, if it is more than one."""
+
+    tensor: str
+    parts: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class _Weights:
     """Streams every tensor of a file into the weights file, in the order of the layers."""
 
     gguf: GgufFile
-    model: Llama
+    model: Architecture
     out: WeightsFile
     progress: Progress
     reference: bool
     total: int = field(init=False)
+    shapes: dict[str, tuple[int, ...]] = field(init=False)
+    order: NDArray[np.intp] | None = field(init=False)
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.total = sum(tensor.size for tensor in self.gguf.tensors.values())
+        self.shapes = self.model.shapes()
+        self.order = self.model.head_order()
+        self.total = sum(self.gguf.tensors[name].size for name in self.shapes)
 
     def write(self) -> Decoder:
         model = self.model
-        embedding = self._matrix("embedding", "token_embd.weight")
+        embedding = self._matrix("embedding", [Source("token_embd.weight")])
         layers = tuple(self._layer(number) for number in range(model.layers))
         final_norm = self._vector("final_norm.gain", "output_norm.weight")
-        head = embedding if model.tied else self._matrix("head", "output.weight")
-        self._rope()
-        return Decoder(
-            layers=layers,
-            embedding=embedding,
-            head=head,
-            final_norm=final_norm,
-            hidden=model.hidden,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            vocabulary=model.vocabulary,
-            norm_epsilon=model.norm_epsilon,
-        )
+        head = embedding if model.tied else self._matrix("head", [Source("output.weight")])
+        return Decoder(model, layers, embedding, head, final_norm)
 
     def _layer(self, number: int) -> Layer:
+        model = self.model
         source, target = f"blk.{number}.", f"layer{number}."
+        queries, keys = model.heads * model.head_size, model.kv_heads * model.head_size
+
+        def gain(name: str, tensor: str, present: bool = True) -> str:
+            return self._vector(f"{target}{name}", f"{source}{tensor}.weight") if present else ""
+
+        if model.fused:
+            qkv = [Source(f"{source}attn_qkv.weight", (queries, keys, keys))]
+            gate_up = [Source(f"{source}ffn_up.weight", (model.feed_forward,) * 2)]
+        else:
+            qkv = [Source(f"{source}attn_{part}.weight") for part in ("q", "k", "v")]
+            gate_up = [Source(f"{source}ffn_{part}.weight") for part in ("gate", "up")]
         return Layer(
-            attention_norm=self._vector(
-                f"{target}attention_norm.gain", f"{source}attn_norm.weight"
+            attention_norm=gain("attention_norm.gain", "attn_norm"),
+            qkv=self._matrices(f"{target}qkv", qkv),
+            query_norm=gain("query_norm.gain", "attn_q_norm", model.head_norms),
+            key_norm=gain("key_norm.gain", "attn_k_norm", model.head_norms),
+            attention_out=self._matrix(
+                f"{target}attention_out", [Source(f"{source}attn_output.weight")]
             ),
-            qkv=self._fused(
-                f"{target}qkv", [f"{source}attn_{part}.weight" for part in ("q", "k", "v")]
+            post_attention_norm=gain(
+                "post_attention_norm.gain", "post_attention_norm", model.post_norms
             ),
-            attention_out=self._matrix(f"{target}attention_out", f"{source}attn_output.weight"),
-            feed_forward_norm=self._vector(
-                f"{target}feed_forward_norm.gain", f"{source}ffn_norm.weight"
+            feed_forward_norm=gain("feed_forward_norm.gain", "ffn_norm"),
+            gate_up=self._matrices(f"{target}gate_up", gate_up),
+            down=self._matrix(f"{target}down", [Source(f"{source}ffn_down.weight")]),
+            post_feed_forward_norm=gain(
+                "post_feed_forward_norm.gain", "post_ffw_norm", model.post_norms
             ),
-            gate_up=self._fused(
-                f"{target}gate_up", [f"{source}ffn_{part}.weight" for part in ("gate", "up")]
-            ),
-            down=self._matrix(f"{target}down", f"{source}ffn_down.weight"),
         )
 
-    def _fused(self, name: str, sources: list[str]) -> tuple[Matrix, ...]:
-        """One matrix if all are stored alike (a tenth faster at decoding), otherwise each alone."""
-        kinds = {self.gguf.tensors[source].type.name for source in sources}
-        if len(kinds) == 1 or self.reference:
-            return (self._matrix(name, *sources),)
-        return tuple(
-            self._matrix(f"{name}.{number}", source) for number, source in enumerate(sources)
-        )
+    def _matrices(self, name: str, sources: list[Source]) -> tuple[Matrix, ...]:
+        """One matrix of what is stored alike and adjacent: a tenth faster at decoding."""
+        groups = [list(group) for _, group in groupby(sources, lambda s: self._format(s.tensor))]
+        if len(groups) == 1:
+            return (self._matrix(name, sources),)
+        return tuple(self._matrix(f"{name}.{number}", group) for number, group in enumerate(groups))
 
-    def _matrix(self, name: str, *sources: str) -> Matrix:
-        """Write tensors of one type, one below the other, as the matrix ``name``."""
-        tensors = [self.gguf.tensors[source] for source in sources]
-        kind = tensors[0].type.name
-        rows, columns = sum(tensor.rows for tensor in tensors), tensors[0].shape[-1]
-        slabs = (slab for tensor in tensors for slab in self._slabs(tensor))
-        if self.reference:
-            parts = (
+    def _matrix(self, name: str, sources: list[Source]) -> Matrix:
+        """Write tensors of one format, one below the other, as the matrix ``name``."""
+        form = self._format(sources[0].tensor)
+        tensors = [self.gguf.tensors[source.tensor] for source in sources]
+        parts = [
+            source.parts or (tensor.rows,) for source, tensor in zip(sources, tensors, strict=True)
+        ]
+        columns = tensors[0].shape[-1]
+        biases = [source.tensor.removesuffix("weight") + "bias" for source in sources]
+        matrix = Matrix(
+            name, columns, form, tuple(chain.from_iterable(parts)), biases[0] in self.shapes
+        )
+        if form.bits:
+            self._blocks(matrix, tensors)
+        else:
+            values = (
                 dequantize(tensor.type.name, slab)
                 for tensor in tensors
                 for slab in self._slabs(tensor)
             )
-            self.out.add(f"{name}.w", TensorProto.FLOAT, [rows, columns], parts)
-            return Matrix(name, rows, columns, Format(0))
-        form = FORMATS[kind]
-        if not form.bits:
-            self.out.add(f"{name}.w", ELEMENT[kind], [rows, columns], slabs)
-            return Matrix(name, rows, columns, form)
+            self.out.add(f"{name}.w", TensorProto.FLOAT, [matrix.rows, columns], values)
+        if matrix.bias:
+            values = (
+                dequantize(tensor.type.name, slab)
+                for tensor in (self.gguf.tensors[bias] for bias in biases)
+                for slab in self._slabs(tensor)
+            )
+            self.out.add(f"{name}.b", TensorProto.FLOAT, [matrix.rows], values)
+        return matrix
 
-        scales: list[NDArray[np.float16]] = []
-        minima: list[NDArray[np.float16]] = []
+    def _blocks(self, matrix: Matrix, tensors: list[Tensor]) -> None:
+        form, rows, columns = matrix.format, matrix.rows, matrix.columns
+        small: list[Blocks] = []  # without their codes
 
         def packed() -> Iterator[NDArray[np.uint8]]:
-            for slab in slabs:
-                blocks = split(kind, slab)
-                scales.append(blocks.scale)
-                if blocks.minimum is not None:
-                    minima.append(blocks.minimum)
-                yield blocks.packed
+            for tensor in tensors:
+                for slab in self._slabs(tensor):
+                    blocks = split(tensor.type.name, slab)
+                    small.append(replace(blocks, codes=_NO_CODES))
+                    yield pack(blocks.codes, form.bits)
+
+        def add(end: str, element: int, of: int, parts: Iterable[NDArray[np.generic]]) -> None:
+            self.out.add(f"{matrix.name}.{end}", element, [rows, columns // of], parts)
 
         count = columns // BLOCK
         self.out.add(
-            f"{name}.q", TensorProto.UINT8, [rows, count, BLOCK * form.bits // 8], packed()
+            f"{matrix.name}.q",
+            TensorProto.UINT8,
+            [rows, count, BLOCK * form.bits // 8],
+            packed(),
         )
-        self.out.add(f"{name}.d", TensorProto.FLOAT16, [rows, count], scales)
-        if form.minimum:
-            self.out.add(f"{name}.m", TensorProto.FLOAT16, [rows, count], minima)
-        return Matrix(name, rows, columns, form)
+        scaled = SUPERBLOCK if form.superblocks else BLOCK
+        add("d", TensorProto.FLOAT16, scaled, (blocks.scale for blocks in small))
+        if form.centre:
+            add("m", TensorProto.FLOAT16, scaled, _there(blocks.minimum for blocks in small))
+        if form.superblocks:
+            add("ds", TensorProto.UINT8, BLOCK, _there(blocks.block_scale for blocks in small))
+            add("ms", TensorProto.UINT8, BLOCK, _there(blocks.block_minimum for blocks in small))
+
+    def _format(self, name: str) -> Format:
+        tensor = self.gguf.tensors[name]
+        if self.reference or tensor.shape[-1] % BLOCK:
+            return FLOATS
+        return FORMATS[tensor.type.name]
 
     def _vector(self, name: str, source: str) -> str:
         tensor = self.gguf.tensors[source]
@@ -255,35 +338,30 @@ class _Weights:
         self.out.add(name, TensorProto.FLOAT, tensor.shape, values)
         return name
 
-    def _rope(self) -> None:
-        """Caches [context, head_size / 2] of cos and sin of position * base**(-2 i / head_size)."""
-        model = self.model
-        exponents = np.arange(0, model.head_size, 2, dtype=np.float64) / model.head_size
-        frequencies = model.rope_base**-exponents
-        step = max(1, CHUNK_BYTES // (8 * len(frequencies)))
-        for name, function in (("rope.cos", np.cos), ("rope.sin", np.sin)):
-            parts = (
-                function(
-                    np.outer(np.arange(first, min(first + step, model.context)), frequencies)
-                ).astype(np.float32)
-                for first in range(0, model.context, step)
-            )
-            self.out.add(name, TensorProto.FLOAT, [model.context, len(frequencies)], parts)
-
     def _slabs(self, tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
-        """The tensor's rows, those of queries and keys back in the order of the rope's halves."""
-        roped = tensor.name.endswith((".attn_q.weight", ".attn_k.weight"))
+        """The tensor's rows, those of queries and keys in the order in which heads turn."""
         size = self.model.head_size
-        for slab in self.gguf.slabs(tensor, size if roped else 1):
+        turning = {"attn_q": self.model.heads, "attn_k": self.model.kv_heads,
+                   "attn_qkv": self.model.heads + self.model.kv_heads}  # fmt: skip
+        heads = turning.get(tensor.name.split(".")[-2], 0) if self.order is not None else 0
+        first = 0
+        for slab in self.gguf.slabs(tensor, size if heads else 1):
             self.done += slab.nbytes
             self.progress("import", self.done, self.total)
-            # A llama GGUF has the rows of a head as pairs (i, i + half) to turn together; blocks
-            # run along the columns, so moving rows leaves them whole.
-            yield (
-                slab.reshape(-1, size // 2, 2, slab.shape[1]).swapaxes(1, 2).reshape(slab.shape)
-                if roped
-                else slab
-            )
+            if heads and self.order is not None:
+                # Blocks run along the columns: moving rows leaves them whole.
+                turned = slab.reshape(-1, size, slab.shape[1]).copy()
+                turned[: max(0, heads - first)] = turned[: max(0, heads - first), self.order]
+                first += len(turned)
+                slab = turned.reshape(slab.shape)  # noqa: PLW2901
+            yield slab
+
+
+_NO_CODES: Final = np.empty(0, np.uint8)
+
+
+def _there(parts: Iterable[NDArray[np.generic] | None]) -> Iterator[NDArray[np.generic]]:
+    return (part for part in parts if part is not None)
 
 
 def _hash(gguf: GgufFile, progress: Progress) -> str:
@@ -299,7 +377,8 @@ def _hash(gguf: GgufFile, progress: Progress) -> str:
 def _check_types(gguf: GgufFile) -> None:
     for tensor in gguf.tensors.values():
         form = FORMATS.get(tensor.type.name)
-        if form is None or (form.bits and len(tensor.shape) < 2):
+        vector = len(tensor.shape) < 2 and tensor.type.name not in FLOAT_TYPES
+        if form is None or vector:
             raise ModelInvalidError(
                 f"the tensor {tensor.name!r} is of the type {tensor.type.name}, "
                 f"which is not supported; supported: {', '.join(FORMATS)}",
@@ -307,15 +386,7 @@ def _check_types(gguf: GgufFile) -> None:
             )
 
 
-def _quantization(gguf: GgufFile) -> str:
-    """The type that most weights have."""
-    weights: Counter[str] = Counter()
-    for tensor in gguf.tensors.values():
-        weights[tensor.type.name] += prod(tensor.shape)
-    return weights.most_common(1)[0][0]
-
-
-def _genai_config(model: Llama, tokenizer: Tokenizer) -> bytes:
+def _genai_config(model: Architecture, tokenizer: Tokenizer) -> bytes:
     """``genai_config.json`` of onnxruntime-genai, for a decoder with a shared key-value buffer."""
     config = {
         "model": {
@@ -326,7 +397,11 @@ def _genai_config(model: Llama, tokenizer: Tokenizer) -> bytes:
             "context_length": model.context,
             "vocab_size": model.vocabulary,
             "decoder": {
-                "session_options": {"log_id": "edgemoa", "provider_options": []},
+                "session_options": {
+                    "log_id": "edgemoa",
+                    "provider_options": [],
+                    **SESSION_CONFIG,
+                },
                 "filename": GENERATION_GRAPH,
                 "head_size": model.head_size,
                 "hidden_size": model.hidden,

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgemoa.errors import ModelInvalidError
-from edgemoa.models.gguf import TENSOR_TYPES, GgufFile
+from edgemoa.models.blocks import FORMATS
+from edgemoa.models.gguf import MAX_ITEMS, TENSOR_TYPES, GgufFile
 
-from .tiny import Tiny
+from .tiny import Tiny, tiny
 
-KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"]
+KINDS = [*FORMATS]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def tensor(name: str = "t", shape: tuple[int, ...] = (32,), kind: int = 0, at: i
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_reads_what_the_gguf_package_reads(tmp_path: Path, kind: str) -> None:
-    path = Tiny(kind, tied=False).write(tmp_path / "m.gguf")
+    path = tiny("llama3", kind).write(tmp_path / "m.gguf")
     theirs = gguf.GGUFReader(path)
     with GgufFile(path) as ours:
         assert ours.version == 3
@@ -145,6 +146,18 @@ def test_lies_about_sizes_cost_no_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_metadata_are_bounded_as_a_whole(tmp_path: Path) -> None:
+    """Many arrays, each of a size that would do, in a file that really has them."""
+    count = 1 << 18
+    array = struct.pack("<IIQ", 9, 0, count) + bytes(count)
+    keys = b"".join(text(f"k{n}") + array for n in range(MAX_ITEMS // count + 1))
+    with pytest.raises(ModelInvalidError, match="array items, more than"):
+        parse(tmp_path, header(keys=MAX_ITEMS // count + 1) + keys)
+    array = struct.pack("<IIQ", 9, 8, 70) + 70 * text("x" * (1 << 20))
+    with pytest.raises(ModelInvalidError, match="bytes of metadata, more than"):
+        parse(tmp_path, header(keys=1) + text("k") + array)
 
 
 def test_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path: Path, small: bytes) -> None:
