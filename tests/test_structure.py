@@ -27,12 +27,14 @@ ALLOWED = {
     "core": {"errors"},
     "store": {"core", "errors"},
     "net": {"core", "config", "errors", "store"},
-    "engine": {"core", "errors"},
-    "models": {"core", "errors"},
+    "text": {"core", "errors"},
+    "engine": {"core", "errors", "text"},
+    "models": {"core", "errors", "text"},
     "api": {"core", "errors"},
+    "shelf": {"errors", "models", "net"},
     "sim": {"core"},
 }
-JOINS = {"daemon", "demo", "cli", "cli_model", "__main__"}
+JOINS = {"daemon", "demo", "cli", "cli_model", "cli_peer_models", "__main__"}
 IMPURE = {
     "asyncio", "socket", "ssl", "threading", "time", "os", "logging", "subprocess", "select",
     "sqlite3", "pathlib", "datetime", "signal", "tempfile", "secrets", "numpy", "onnx",

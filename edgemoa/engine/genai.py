@@ -12,21 +12,16 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnxruntime_genai as og
 
 from edgemoa.core.events import Finish, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine.frames import Done, Event, Failed, Generate, Text
 from edgemoa.engine.sampling import Sampler
-from edgemoa.engine.template import (
-    ChatTemplate,
-    ControlTokens,
-    load_control_tokens,
-    load_template,
-)
 from edgemoa.engine.text import Detokenizer, StopText
-from edgemoa.errors import EngineError, InvalidPromptError, ModelInvalidError, PromptTooLongError
+from edgemoa.errors import EngineError, ModelInvalidError, PromptTooLongError
+from edgemoa.text.template import ChatTemplate, load_template
+from edgemoa.text.tokens import Tokens, load_tokens
 
 STEP_GOAL_MS: Final = 100
 """How long a prefill step may take: cancelling and measuring wait for the step that runs."""
@@ -53,9 +48,8 @@ class GenaiBackend:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Tokens,
         template: ChatTemplate,
-        control_tokens: ControlTokens,
         context: int,
     ) -> None:
         self.context_tokens = context
@@ -63,7 +57,6 @@ class GenaiBackend:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
-        self._control_tokens = control_tokens
         self._run: _Run | None = None
 
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
@@ -129,12 +122,8 @@ class GenaiBackend:
         self.chunk_tokens = next((n for n in CHUNKS if n <= goal_tokens), CHUNKS[-1])
 
     def _encode(self, messages: tuple[ChatMessage, ...]) -> list[int]:
-        text = self._template.render(self._control_tokens.guard(messages))
-        try:
-            pieces = self._control_tokens.split(text)
-            return [int(token) for piece in pieces for token in self._tokenizer.encode(piece)]
-        except RuntimeError:  # its words could quote the prompt
-            raise InvalidPromptError("The model's tokenizer cannot read the prompt.") from None
+        prompt = self._template.render(self._tokenizer.guard(messages))
+        return self._tokenizer.encode_prompt(prompt)
 
     def _generator(self, max_length: int) -> Any:
         """``max_length`` tokens of KV cache, allocated here and now."""
@@ -152,21 +141,19 @@ class _Run:
     """One job's way through the model."""
 
     def __init__(
-        self, job: Generate, generator: Any, tokenizer: Any, prompt: list[int], limit: int
+        self, job: Generate, generator: Any, tokenizer: Tokens, prompt: list[int], limit: int
     ) -> None:
         self.job = job
         self.prefill_s = 0.0
         self._decode_s = 0.0
         self._generator = generator
-        self._end_tokens = frozenset(int(token) for token in tokenizer.eos_token_ids)
+        self._end_tokens = tokenizer.end_of_turn
         self._prompt_tokens = len(prompt)
         self._unfed = prompt  # what the model has not seen yet
         self._limit = limit
         self._tokens = 0
         self._sampler = Sampler(job.sampling)
-        self._detokenizer = Detokenizer(
-            lambda tokens: str(tokenizer.decode(np.array(tokens, np.int32)))
-        )
+        self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopText(job.sampling.stop)
         self._text: list[str] = []
 
@@ -200,9 +187,7 @@ class _Run:
             if self._tokens == self._limit:
                 finish = "length"
         if finish is not None and not self._stop.stopped:
-            piece += self._stop.push(self._detokenizer.finish())
-            if not self._stop.stopped:
-                piece += self._stop.finish()
+            piece += self._stop.finish()
         if self._stop.stopped:
             finish = "stop"
         events: list[Event] = []
@@ -251,14 +236,12 @@ def load(model_dir: Path, threads: int) -> GenaiBackend:
         config = og.Config(str(model_dir))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
         model = og.Model(config)
-        tokenizer = og.Tokenizer(model)
     except (RuntimeError, MemoryError) as error:
         cause = _cause(error).replace(f"{model_dir}/", "")
         raise ModelInvalidError(
             f"The model cannot be loaded: {cause}", hint=_IMPORT_AGAIN
         ) from error
-    template, control_tokens = load_template(model_dir), load_control_tokens(model_dir)
-    backend = GenaiBackend(model, tokenizer, template, control_tokens, context)
+    backend = GenaiBackend(model, load_tokens(model_dir), load_template(model_dir), context)
     backend.warm_up()
     return backend
 

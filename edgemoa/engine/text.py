@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+import codecs
+from typing import Protocol
 
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
-_MAX_CHARACTER_TOKENS: Final = 4  # a character has at most four bytes, a token at least one
+
+class Pieces(Protocol):
+    """What a :class:`Detokenizer` asks of :class:`edgemoa.text.tokens.Tokens`."""
+
+    @property
+    def strips_first_space(self) -> bool: ...
+
+    def piece(self, number: int) -> bytes: ...
 
 
 class Detokenizer:
     """Decodes token by token, holding back a character until all its bytes are there.
 
-    onnxruntime-genai's own stream loses the text after bytes that form no character (0.18: the
-    tokens F0 9F ``a`` ``b`` print nothing), and a model that samples does write such bytes.
-    ``decode`` turns tokens into text without special tokens, and ends at bytes that form no
-    character with U+FFFD.
+    What it gives is together what ``Tokens.decode`` makes of all the tokens, but for a
+    character that is cut off at the end.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._shown: list[int] = []  # what the piece before was made of
-        self._held: list[int] = []
+    def __init__(self, tokens: Pieces) -> None:
+        self._tokens = tokens
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = tokens.strips_first_space
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes, often none."""
-        self._held.append(token)
-        text = self._take_whole()
-        if text or len(self._held) < _MAX_CHARACTER_TOKENS:
-            return text
-        # More tokens than a character can have: the first one is not the start of any. Shown as
-        # what it is, so that what follows is not lost.
-        return self._take_first() + self._take_whole()
-
-    def finish(self) -> str:
-        """What is held back at the end; a character that was cut off is left out."""
-        text = ""
-        while self._held:
-            text += self._take_whole() or self._take_first()
-        return text.rstrip(_REPLACEMENT)
-
-    def _take_whole(self) -> str:
-        # Some tokenizers write a token's leading space only when it is not the first: decode with
-        # the piece before and cut it off again.
-        before = self._decode(self._shown)
-        text = self._decode(self._shown + self._held)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        self._shown, self._held = self._held, []
-        return text[len(before) :]
-
-    def _take_first(self) -> str:
-        text = self._decode(self._held[:1])
-        self._shown, self._held = [], self._held[1:]
+        text = self._bytes.decode(self._tokens.piece(token))
+        if text and self._first:
+            self._first = False
+            text = text.removeprefix(" ")
         return text
 
 

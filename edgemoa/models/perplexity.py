@@ -16,13 +16,14 @@ from typing import Final
 import msgspec
 import numpy as np
 import onnxruntime as ort
-import onnxruntime_genai as og
 from numpy.typing import NDArray
 
 from edgemoa.errors import ModelInvalidError, UserError
+from edgemoa.models.graph import SESSION_CONFIG
 from edgemoa.models.importer import SCORING_GRAPH
 from edgemoa.models.library import Manifest, read_manifest
 from edgemoa.models.progress import Progress, silent
+from edgemoa.text.tokens import load_tokens
 
 CHUNK_TOKENS: Final = 64  # logits of one chunk are 12 MB for a vocabulary of 49152
 
@@ -50,7 +51,8 @@ def perplexity(
     """
     manifest = read_manifest(model_dir)
     graph = model_dir / SCORING_GRAPH
-    if not graph.is_file():
+    start = manifest.text_start_token_id
+    if start is None or not graph.is_file():
         raise ModelInvalidError(f"{model_dir} has no {SCORING_GRAPH}: it was not imported by us")
     if not 2 <= window <= manifest.context_length:
         raise UserError(f"a window of {window} is not between 2 and {manifest.context_length}")
@@ -63,7 +65,7 @@ def perplexity(
     predictions = windows = 0
     for first in range(0, len(tokens) - 1, window):
         ids = tokens[first : first + window].copy()
-        ids[0] = manifest.text_start_token_id
+        ids[0] = start
         for position, logits in scorer.logits(ids[:-1]):
             targets = ids[position + 1 : position + 1 + len(logits)]
             total += float(negative_log_likelihood(logits, targets).sum())
@@ -81,8 +83,8 @@ def perplexity(
 
 
 def tokenize(model_dir: Path, text: str) -> NDArray[np.int64]:
-    """The text's tokens, int64 [tokens], by onnxruntime-genai."""
-    return np.asarray(og.Tokenizer(og.Model(str(model_dir))).encode(text), np.int64)
+    """The text's tokens, int64 [tokens]."""
+    return np.asarray(load_tokens(model_dir).encode(text), np.int64)
 
 
 def negative_log_likelihood(
@@ -99,7 +101,12 @@ class Scorer:
     """Runs a graph of ours over one sequence at a time, in chunks, with onnxruntime alone."""
 
     def __init__(self, graph: Path, manifest: Manifest) -> None:
-        self._session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        for key, value in SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
+        self._session = ort.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
         self._manifest = manifest
         sides = [(n, side) for n in range(manifest.layers) for side in ("key", "value")]
         self._past = [f"past_key_values.{number}.{side}" for number, side in sides]

@@ -16,13 +16,15 @@ from edgemoa.engine.text import Detokenizer, StopText
 from edgemoa.errors import EngineError
 
 
-def decode_bytes(tokens: list[int]) -> str:
-    """A tokenizer of bytes that, like onnxruntime-genai's, ends at what is no character."""
-    data = bytes(tokens)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].decode() + "\ufffd"
+class Bytes:
+    """Tokens that are bytes, or with ``space`` words with a space before them."""
+
+    def __init__(self, words: list[bytes] | None = None) -> None:
+        self.words = words or [bytes([byte]) for byte in range(256)]
+        self.strips_first_space = words is not None
+
+    def piece(self, number: int) -> bytes:
+        return self.words[number]
 
 
 def detokenize_by_character(text: str) -> list[str]:
@@ -30,19 +32,23 @@ def detokenize_by_character(text: str) -> list[str]:
     return [
         *itertools.chain.from_iterable(
             [*[""] * (len(character.encode()) - 1), character] for character in text
-        ),
-        "",
+        )
     ]
 
 
 def detokenize(data: bytes) -> list[str]:
-    detokenizer = Detokenizer(decode_bytes)
-    return [*map(detokenizer.push, data), detokenizer.finish()]
+    return [*map(Detokenizer(Bytes()).push, data)]
 
 
 @given(st.text(st.characters(exclude_characters="\ufffd", codec="utf-8")))
 def test_text_comes_back_whole_and_only_in_whole_characters(text: str) -> None:
     assert detokenize(text.encode()) == detokenize_by_character(text)
+
+
+@given(st.binary(max_size=12))
+def test_a_stream_is_what_the_whole_is(data: bytes) -> None:
+    whole = data.decode(errors="replace")
+    assert "".join(detokenize(data)) in (whole, whole.removesuffix("\ufffd"))
 
 
 @given(st.text(), st.binary(max_size=6), st.text(st.characters(exclude_characters="\ufffd")))
@@ -58,14 +64,15 @@ def test_a_character_cut_off_at_the_end_is_left_out() -> None:
     assert "".join(detokenize("né😀".encode()[:-1])) == "né"
 
 
-def test_a_leading_space_that_depends_on_the_word_before_is_kept() -> None:
-    words = ["▁Hello", "▁world", "▁again"]
-
-    def decode(tokens: list[int]) -> str:
-        return "".join(words[token] for token in tokens).replace("▁", " ").removeprefix(" ")
-
-    detokenizer = Detokenizer(decode)
-    assert [detokenizer.push(token) for token in range(3)] == ["Hello", " world", " again"]
+def test_the_space_before_the_first_word_alone_is_left_out() -> None:
+    words = Bytes([b"", b" Hello", b" world", b" ", b" again", b"\xf0\x9f", b"\x98\x80"])
+    for numbers, pieces in [
+        ([0, 1, 2, 3, 4], ["", "Hello", " world", " ", " again"]),
+        ([3, 1], ["", " Hello"]),
+        ([5, 6, 1], ["", "😀", " Hello"]),
+    ]:
+        detokenizer = Detokenizer(words)
+        assert [detokenizer.push(number) for number in numbers] == pieces
 
 
 @given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1), max_size=3))

@@ -129,7 +129,9 @@ def _tokenizer() -> dict[str, object]:
     letters = {byte: chr(byte) for byte in shown}
     letters |= {byte: chr(256 + at) for at, byte in enumerate(hidden)}
     special = {text: 256 + at for at, text in enumerate(_SPECIAL)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+    }  # fmt: skip
     return {
         "version": "1.0",
         "added_tokens": [
@@ -145,7 +147,7 @@ def _tokenizer() -> dict[str, object]:
             for text, token in special.items()
         ],
         "pre_tokenizer": byte_level,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "vocab": {letter: byte for byte, letter in letters.items()} | special,

@@ -1,0 +1,288 @@
+"""The model's own chat template, rendered as its authors meant it, within bounds.
+
+By Jinja2 with the settings of Hugging Face's ``transformers``, for which templates are written.
+
+A template is a program that comes with a model from elsewhere. It runs in Jinja2's sandbox, which
+keeps it from everything but its own values; and so that it can neither hang nor fill the board, it
+gets so much processor time and memory and no more, by the kernel's count, in compiling as in
+rendering. Python looks for signals between its own steps only, so the few operations that can take
+long in one step (products, powers, rounding to a given place) are bounded one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from edgemoa.core import limits
+from edgemoa.core.messages import ChatMessage
+from edgemoa.errors import InvalidPromptError, ModelInvalidError
+from edgemoa.text.files import read_object, unusable
+
+MAX_SOURCE_CHARACTERS: Final = 256 * 1024  # the longest that are known have 30,000
+MAX_PROMPT_CHARACTERS: Final = 4 * limits.MAX_PROMPT_BYTES
+CPU_S: Final = 2.0  # a conversation of 512 turns takes some milliseconds
+MEMORY_BYTES: Final = 64 * limits.MIB  # beyond what the process has
+_MAX_PRODUCT: Final = limits.MIB  # characters or items
+_MAX_NUMBER_BITS: Final = 128
+_MAX_PLACES: Final = 20
+
+_PLAIN: Final = "{{ messages | map(attribute='content') | join('\\n\\n') }}"
+"""For a model without a template. Such a model was not taught turns, it goes on with a text: one
+message is given to it as it stands, several with an empty line between."""
+
+_PROBE: Final = "edgemoa probe"  # a system turn that a template has to show somewhere
+
+T = TypeVar("T")
+
+
+class ChatTemplate:
+    """Renders a conversation into the text that the model goes on from."""
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        """:param source: the template; empty for a model without one.
+
+        Raises :class:`ModelInvalidError` for what is no template, and for one that cannot render a
+        conversation within its bounds.
+        """
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise ModelInvalidError(
+                f"The model's chat template has more than {MAX_SOURCE_CHARACTERS} characters."
+            )
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        try:
+            self._template = _within_bounds(lambda: _Environment().from_string(source or _PLAIN))
+        except _FailedError as failure:
+            raise ModelInvalidError(
+                f"The model's chat template is no valid template ({failure}).",
+                hint="Take the model from another source.",
+            ) from None
+        if self._try((ChatMessage("user", "Hello"),)) is None:
+            raise ModelInvalidError(
+                "The model's chat template fails on a simple conversation, or takes too much time"
+                " or memory for it.",
+                hint="Take the model from another source.",
+            )
+        probe = (ChatMessage("system", _PROBE), ChatMessage("user", "Hello"))
+        self._knows_system = _PROBE in (self._try(probe) or "")
+
+    def render(self, messages: tuple[ChatMessage, ...]) -> str:
+        """The prompt, up to where the assistant's turn begins.
+
+        A template that knows no system turns has them put before the text of the next user's turn.
+        Where a template refuses the order of turns, as some do when they do not alternate,
+        neighbours of one role become one turn.
+
+        Raises :class:`InvalidPromptError` where the template refuses the conversation even so.
+        What the template says of it could quote the conversation, so it is left out.
+        """
+        if not self._knows_system:
+            messages = _without_system(messages)
+        prompt = self._try(messages)
+        if prompt is None and (joined := _joined(messages)) != messages:
+            prompt = self._try(joined)
+        if prompt is None:
+            raise InvalidPromptError(
+                "The model's chat template refuses this order of turns.",
+                hint="Most take an optional system turn, then user and assistant in alternation.",
+            )
+        return prompt
+
+    def _try(self, messages: tuple[ChatMessage, ...]) -> str | None:
+        """The rendered template, or None where it fails or goes beyond its bounds."""
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+
+        def render() -> str:
+            prompt = self._template.render(
+                messages=turns,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+            prompt.encode()  # a template can write halves of characters
+            return prompt
+
+        try:
+            prompt = _within_bounds(render)
+        except _FailedError:
+            return None
+        return prompt if len(prompt) <= MAX_PROMPT_CHARACTERS else None
+
+
+def load_template(model_dir: Path) -> ChatTemplate:
+    """The template of a model folder: ``chat_template.jinja``, or in ``tokenizer_config.json``.
+
+    Raises :class:`ModelInvalidError` where it is no template, or the folder no model.
+    """
+    config = read_object(model_dir / "tokenizer_config.json")
+    source = config.get("chat_template") or ""
+    try:
+        if (separate := model_dir / "chat_template.jinja").exists():
+            with separate.open(encoding="utf-8") as file:
+                source = file.read(MAX_SOURCE_CHARACTERS + 1)
+        elif isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}["default"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unusable("chat template", error) from error
+    tokens = [_token(config.get(name)) for name in ("bos_token", "eos_token")]
+    if not isinstance(source, str):
+        raise ModelInvalidError("The model's chat template is no valid template.")
+    return ChatTemplate(source, *tokens)
+
+
+def _token(value: Any) -> str:
+    """A special token's text, which a tokenizer's configuration gives in one of two ways."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _without_system(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    """Each system turn as a user's, in one with the user's turn after it."""
+    turns: list[ChatMessage] = []
+    held: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            held.append(message.content)
+            continue
+        if held and message.role == "user":
+            message = ChatMessage("user", "\n\n".join([*held, message.content]))  # noqa: PLW2901
+            held = []
+        turns.append(message)
+    if held:
+        turns.append(ChatMessage("user", "\n\n".join(held)))
+    return tuple(turns)
+
+
+def _joined(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    """Neighbours of one role as one turn."""
+    turns: list[ChatMessage] = []
+    for message in messages:
+        if turns and turns[-1].role == message.role:
+            before = turns.pop()
+            turns.append(ChatMessage(message.role, f"{before.content}\n\n{message.content}"))
+        else:
+            turns.append(message)
+    return tuple(turns)
+
+
+class _OutOfTimeError(BaseException):
+    """Not an ``Exception``, so that nothing on the way takes it for one of its own."""
+
+
+class _FailedError(Exception):
+    """A template did not come to its end."""
+
+
+def _within_bounds(work: Callable[[], T]) -> T:
+    """What ``work`` returns; in the main thread, where Python tells of signals.
+
+    Raises :class:`_FailedError`, with a cause that quotes nothing, where it fails in any way.
+    Memory is counted as address space, so the bound holds for all threads of the process; while a
+    template is rendered, the others wait.
+    """
+    armed = True
+
+    def ring(signum: int, frame: object) -> None:
+        if armed:
+            raise _OutOfTimeError
+
+    before = signal.signal(signal.SIGPROF, ring)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    most = pages * resource.getpagesize() + MEMORY_BYTES
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, soft)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        # Again and again: Python drops what is raised while it clears up an object.
+        signal.setitimer(signal.ITIMER_PROF, CPU_S, CPU_S / 10)
+        return work()
+    except _OutOfTimeError:
+        raise _FailedError("it takes too long") from None
+    except Exception as error:  # a template is a program; it may fail in any way
+        raise _FailedError(type(error).__name__) from None
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """What templates find, as in ``transformers``, and the operations that need a bound."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,
+            extensions=[jinja2.ext.loopcontrols, _Generation],
+        )
+        self.filters["tojson"] = _to_json
+        self.filters["round"] = _round
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        if operator == "**":
+            size = _bits(left) * abs(right)
+        elif isinstance(left, int | float) and isinstance(right, int | float):
+            size = _bits(left) + _bits(right)
+        else:
+            text, times = (left, right) if isinstance(right, int) else (right, left)
+            if len(text) * times > _MAX_PRODUCT:
+                raise OverflowError
+            size = 0
+        if size > _MAX_NUMBER_BITS:
+            raise OverflowError
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks what the assistant wrote, for training; here it is just shown."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the class above declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _bits(value: float) -> int:
+    return max(1, value.bit_length()) if isinstance(value, int) else 1
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    # Jinja2's own escapes for HTML, which no model's template means.
+    return json.dumps(value, **({"ensure_ascii": False} | options))
+
+
+def _round(value: float, precision: int = 0, method: str = "common") -> float:
+    if abs(precision) > _MAX_PLACES:
+        raise OverflowError
+    return jinja2.filters.do_round(value, precision, method)  # type: ignore[arg-type]
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now(UTC).astimezone().strftime(form)
