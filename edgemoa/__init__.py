@@ -9,3 +9,5 @@ __version__ = "0.1.0"
 # (The second name is what some versions of onnxruntime look for.)
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["ORT_TELEMETRY_DISABLED"] = "1"
+# huggingface_hub asks the hub, once a day, by which names to report the program that uses it.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

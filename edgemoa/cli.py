@@ -204,6 +204,16 @@ def _library(config: Config) -> ModelLibrary:
     return ModelLibrary(Path(configured).expanduser() if configured else default_model_dir())
 
 
+def _with_model(config: Config, library: ModelLibrary) -> Config:
+    """The settings with the name of the model that is used where they name none."""
+    from msgspec.structs import replace
+
+    from edgemoa.models.catalog import default_model
+
+    name = config.model.name or default_model(library)
+    return replace(config, model=replace(config.model, name=name))
+
+
 # --- commands
 
 
@@ -212,6 +222,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     from edgemoa.demo import demo
 
     config = _load(arguments)
+    library = _library(config)
+    config = _with_model(config, library)
     terminal = show.Terminal(out=sys.stderr if arguments.json else None)
     answered = demo(
         prompt=_prompt(arguments.prompt),
@@ -219,7 +231,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         layers=arguments.layers,
         proposers=arguments.proposers,
         max_tokens=arguments.max_tokens,
-        library=_library(config),
+        library=library,
         config=config,
         model=arguments.model or config.model.name,
         terminal=terminal,
@@ -245,7 +257,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from edgemoa.daemon import serve
 
-    return serve(config, _library(config), stop_at_eof=arguments.stop_at_eof)
+    library = _library(config)
+    return serve(_with_model(config, library), library, stop_at_eof=arguments.stop_at_eof)
 
 
 def _ask(arguments: argparse.Namespace) -> int:

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import os
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgemoa.errors import UserError
-from edgemoa.models.catalog import Entry, load_catalog
+from edgemoa.errors import EdgemoaError, ModelInvalidError, ModelNotFoundError, UserError
+from edgemoa.models.catalog import Entry, HubSource, Memory, default_model, load_catalog
 from edgemoa.models.library import Manifest, ModelLibrary, default_model_dir, read_manifest
-from edgemoa.models.progress import ConsoleProgress
+from edgemoa.models.progress import ConsoleProgress, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+PEERS_TIMEOUT_S = 15.0
+
 DESCRIPTION = """\
 Models live in one folder each, below --models DIR, $EDGEMOA_MODELS or
 $XDG_DATA_HOME/edgemoa/models (~/.local/share/edgemoa/models). A folder copied
-there by hand from another board works, too.
+there by hand from another board works, too. Nothing is fetched but by `pull`.
+"""
+
+PULL = """\
+Fetch a model, check it and import it. REF is one of:
+
+  NAME                                  of the catalog: edgemoa model list --remote
+  hf:OWNER/REPO[:FILE.gguf][@REVISION]  a GGUF on the Hugging Face hub; without FILE
+                                        the best of 4 bits there: Q4_K_M, then
+                                        Q4_K_S, Q4_1, Q4_0, then larger ones
+  hf:OWNER/REPO[:FOLDER/][@REVISION]    a ready-made onnxruntime-genai folder there
+  https://HOST/FILE.gguf                any address of a GGUF, or of a wheel that
+                                        holds one (.whl)
+  FILE.whl                              such a wheel on this machine
+
+What breaks off goes on with the next try, for up to a week. $HF_TOKEN lets you
+in where a licence has to be accepted, $HF_ENDPOINT names another hub, and
+$HTTPS_PROXY is heeded.
 """
 
 
@@ -46,45 +67,68 @@ def add_parser(subparsers: Subparsers) -> None:
             name,
             help=summary,
             description=description or summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter
+            if "\n" in description
+            else argparse.HelpFormatter,
         )
         command.add_argument(
             "--models", type=Path, metavar="DIR", help="the folder of models (see above)"
         )
+        command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(func=func)
         return command
 
-    command = add(
-        "pull",
-        _pull,
-        "fetch a model of the catalog and import it",
-        "Fetch a model of the catalog, check its hashes and import it. "
-        "`edgemoa model list` shows the catalog.",
+    command = add("pull", _pull, "fetch a model and import it", PULL)
+    command.add_argument("name", metavar="REF")
+    command.add_argument(
+        "--name", dest="called", metavar="NAME", help="what it is called here (default: its file)"
     )
-    command.add_argument("name", metavar="NAME")
+    command.add_argument(
+        "--sha256", metavar="HEX", help="what the file must have; another one is refused"
+    )
     command.add_argument(
         "--from-dir",
         type=Path,
         metavar="DIR",
-        help="take the downloaded file from this folder and fetch nothing (offline); "
+        help="take the file of a catalog's NAME from this folder and fetch nothing (offline); "
         "$EDGEMOA_WHEEL_DIR does the same",
     )
+    command.add_argument(
+        "--from-peer",
+        nargs="?",
+        const="",
+        metavar="BOARD",
+        help="copy it from a paired board, named or whichever has it, not from the internet",
+    )
+    command.add_argument(
+        "--unpin",
+        action="store_true",
+        help="take what a catalog's NAME stands for now, not what this board got at first",
+    )
+    command.add_argument("--socket", help="the daemon's, with --from-peer ($EDGEMOA_API_SOCKET)")
     command = add(
         "import",
         _import,
-        "import a GGUF file, without loss",
-        "Import a GGUF file. Its quantized weights are carried over bit for bit. Supported: "
-        "architecture llama; types F32, F16, BF16, Q4_0, Q4_1, Q8_0; byte-level BPE.",
+        "import a GGUF file, without loss, or a ready-made folder",
+        "Import a GGUF file: its quantized weights are carried over bit for bit where that is "
+        "possible. Or take in a folder that is ready for onnxruntime-genai.",
     )
-    command.add_argument("file", type=Path, metavar="FILE.gguf")
+    command.add_argument("file", type=Path, metavar="FILE.gguf|FOLDER")
     command.add_argument("--name", metavar="NAME", help="default: from the file's name")
-    command = add("list", _list, "list the models on this board and in the catalog")
-    _json_option(command)
-    command = add("show", _show, "show what is known of a model on this board")
-    command.add_argument("name", metavar="NAME")
-    _json_option(command)
+    command = add("list", _list, "list the models on this board")
+    command.add_argument(
+        "--remote",
+        action="store_true",
+        help="also the catalog, with what fits this board, and what paired boards have",
+    )
+    command.add_argument("--socket", help="the daemon's, with --remote ($EDGEMOA_API_SOCKET)")
+    command = add("show", _show, "show what is known of a model")
+    command.add_argument("name", metavar="NAME", help="on this board, or of the catalog")
     command = add("verify", _verify, "compare every file of a model with the hashes of its import")
     command.add_argument("name", metavar="NAME")
-    command = add("rm", _remove, "remove a model from this board")
+    command = add("rm", _remove, "remove a model, and what was fetched of it, from this board")
+    command.add_argument("name", metavar="NAME")
+    command = add("set-default", _set_default, "choose the model that is used if nobody says which")
     command.add_argument("name", metavar="NAME")
     command = add(
         "perplexity",
@@ -99,11 +143,6 @@ def add_parser(subparsers: Subparsers) -> None:
         "--window", type=int, default=512, metavar="N", help="tokens a window (default: 512)"
     )
     command.add_argument("--tokens", type=int, metavar="N", help="stop after so many tokens")
-    _json_option(command)
-
-
-def _json_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _library(args: argparse.Namespace) -> ModelLibrary:
@@ -111,126 +150,338 @@ def _library(args: argparse.Namespace) -> ModelLibrary:
 
 
 def _pull(args: argparse.Namespace) -> int:
+    if args.from_peer is not None:
+        from edgemoa.cli_peer_models import pull_from_peer
+
+        return pull_from_peer(args)
     from edgemoa.models.pull import pull
 
-    progress = ConsoleProgress()
-    try:
-        folder = pull(args.name, _library(args), progress, from_dir=args.from_dir)
-    finally:
-        progress.close()
-    print(folder)
-    return 0
+    with closing(ConsoleProgress()) as progress:
+        folder = pull(
+            args.name,
+            _library(args),
+            progress,
+            name=args.called,
+            from_dir=args.from_dir,
+            sha256=args.sha256,
+            unpin=args.unpin,
+        )
+    return _placed(args, folder)
 
 
 def _import(args: argparse.Namespace) -> int:
-    from edgemoa.models.importer import import_gguf
+    from edgemoa.models.pull import model_name
 
-    name = args.name or re.sub(r"[^a-z0-9._-]+", "-", args.file.stem.lower()).strip("._-")
-    progress = ConsoleProgress()
-    try:
-        folder = import_gguf(args.file, _library(args), name, progress)
-    finally:
-        progress.close()
-    print(folder)
+    folder = args.file.is_dir()
+    name = args.name or model_name(args.file.resolve().name if folder else args.file.stem)
+    with closing(ConsoleProgress()) as progress:
+        if folder:
+            from edgemoa.models.ready import import_folder
+
+            placed = import_folder(args.file, _library(args), name, progress)
+        else:
+            from edgemoa.models.importer import import_gguf
+
+            placed = import_gguf(args.file, _library(args), name, progress)
+    return _placed(args, placed)
+
+
+def _placed(args: argparse.Namespace, folder: Path) -> int:
+    if args.json:
+        print(json.dumps(_shown(read_manifest(folder), folder)))
+    else:
+        print(folder)
     return 0
 
 
 def _list(args: argparse.Namespace) -> int:
     library = _library(args)
-    here = library.models()
-    catalog = load_catalog()
-    known: dict[str, Manifest | Entry] = {**catalog, **here}  # the catalog's order first
-    rows = [_row(name, model, catalog.get(name)) for name, model in known.items()]
+    default = default_model(library)
+    here = [_row(name, manifest, default) for name, manifest in library.models().items()]
+    shown = _List(str(library.root), default, here)
+    if args.remote:
+        shown = _remote(args, library, shown)
     if args.json:
-        shown = {"folder": str(library.root), "models": rows}
         print(msgspec.json.encode(shown).decode())
         return 0
-    width = max((len(row.name) for row in rows), default=4)
-    for row in rows:
-        where = "on this board" if row.on_board else f"edgemoa model pull {row.name}"
+    if not here:
+        print(f"no model is on this board yet; fetch the default: edgemoa model pull {default}")
+    names = [row.name for row in here] + [offer.name for offer in shown.catalog or []]
+    width = max(map(len, names), default=4)
+    for row in here:
         print(
-            f"{'*' if row.default else ' '} {row.name:<{width}}  {_count(row.parameters)}  "
-            f"{row.quantization:<5} {row.size_bytes / 1e6:7.0f} MB  {where}"
+            f"{'*' if row.default else ' '} {row.name:<{width}}  {_count(row.parameters):>7}  "
+            f"{row.quantization or '-':<6} {row.size_bytes / 1e6:7.0f} MB"
         )
-    print(f"\n* the default. Models are in {library.root}")
+    if here:
+        print(f"\n* the default. Models are in {library.root}")
+    for offer in shown.catalog or []:
+        if offer is (shown.catalog or [])[0]:
+            print("\nThe catalog; sizes with ~ are estimates, of what nobody here has fetched yet:")
+        fits = "on this board" if offer.on_board else offer.obstacle or "fits"
+        print(
+            f"  {offer.name:<{width}}  {_count(offer.parameters):>7}  {offer.quantization:<6} "
+            f"{'' if offer.verified else '~'}{offer.size_bytes / 1e6:.0f} MB".ljust(width + 28)
+            + f"  {offer.memory.bytes / 1e9:4.1f} GB of memory  {fits}  ({offer.licence})"
+        )
+    for board in shown.peers or []:
+        label, detail = printable(board["name"] or board["id"]), printable(board["detail"])
+        print(f"\nThe paired board {label} has{f' ({detail})' if detail else ''}:")
+        for model in board["models"]:
+            print(f"  {printable(model['name']):<{width}}  {model['size_bytes'] / 1e6:.0f} MB")
     return 0
 
 
 class _Row(msgspec.Struct, frozen=True):
     name: str
-    on_board: bool
     default: bool
+    parameters: int | None
+    quantization: str | None
+    size_bytes: int
+    model_id: str
+    source: str
+
+
+class _Offer(msgspec.Struct, frozen=True):
+    name: str
+    default: bool
+    on_board: bool
+    verified: bool
     parameters: int
     quantization: str
     size_bytes: int
-    licence: str | None
-    suits: str | None
+    download_bytes: int
+    memory: Memory
+    licence: str
+    suits: str
+    fits: bool
+    obstacle: str
 
 
-def _row(name: str, known: Manifest | Entry, entry: Entry | None) -> _Row:
+class _List(msgspec.Struct, frozen=True, omit_defaults=True):
+    folder: str
+    default: str
+    models: list[_Row]
+    catalog: list[_Offer] | None = None
+    board: dict[str, int | None] | None = None
+    peers: list[dict[str, Any]] | None = None
+
+
+def _row(name: str, manifest: Manifest, default: str) -> _Row:
     return _Row(
         name=name,
-        on_board=isinstance(known, Manifest),
-        default=entry is not None and entry.default,
-        parameters=known.parameters,
-        quantization=known.quantization,
-        size_bytes=known.size_bytes,
-        licence=entry.licence if entry else None,
-        suits=entry.suits if entry else None,
+        default=name == default,
+        parameters=manifest.parameters,
+        quantization=manifest.quantization,
+        size_bytes=manifest.size_bytes,
+        model_id=manifest.model_id,
+        source=manifest.source,
     )
 
 
-def _count(parameters: int) -> str:
+def _remote(args: argparse.Namespace, library: ModelLibrary, shown: _List) -> _List:
+    """The list with the catalog and what paired boards have. Asks no one but this board's daemon,
+    and does without where none runs.
+    """
+    from edgemoa.models.fit import obstacle, room
+
+    has, here = room(library.root), {row.name for row in shown.models}
+    offers = []
+    for entry in sorted(load_catalog().values(), key=lambda entry: entry.memory.bytes):
+        against = obstacle(entry, has, on_board=entry.name in here)
+        offers.append(
+            _Offer(
+                name=entry.name,
+                default=entry.name == shown.default,
+                on_board=entry.name in here,
+                verified=entry.verified,
+                parameters=entry.parameters,
+                quantization=entry.quantization,
+                size_bytes=entry.size_bytes,
+                download_bytes=entry.download_bytes,
+                memory=entry.memory,
+                licence=entry.licence,
+                suits=entry.suits,
+                fits=not against,
+                obstacle=against,
+            )
+        )
+    return msgspec.structs.replace(shown, catalog=offers, board=asdict(has), peers=_peers(args))
+
+
+def _peers(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    from edgemoa.cli_peer_models import peer_models
+    from edgemoa.client import Client
+
+    socket = args.socket or os.environ.get("EDGEMOA_API_SOCKET")
+    client = Client(Path(socket).expanduser() if socket else None, timeout_s=PEERS_TIMEOUT_S)
+    try:
+        boards = peer_models(client).boards
+    except EdgemoaError:
+        return None
+    told: list[dict[str, Any]] = msgspec.to_builtins(boards)
+    return list(told)
+
+
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return "-"
     millions = parameters / 1e6
-    return f"{millions:5.0f} M" if millions < 1000 else f"{millions / 1000:5.1f} B"
+    return f"{millions:.0f} M" if millions < 1000 else f"{millions / 1000:.1f} B"
 
 
 def _show(args: argparse.Namespace) -> int:
-    folder = _library(args).find(args.name)
+    library = _library(args)
+    try:
+        folder = library.find(args.name)
+    except ModelNotFoundError:
+        entry = load_catalog().get(args.name)
+        if entry is None:
+            raise
+        return _show_entry(args, entry)
     manifest = read_manifest(folder)
     if args.json:
-        shown = {**msgspec.to_builtins(manifest), "name": args.name, "folder": str(folder)}
-        print(json.dumps({**shown, "size_bytes": manifest.size_bytes}))
+        print(json.dumps(_shown(manifest, folder)))
         return 0
-    for label, value in _facts(manifest, folder):
-        print(f"{label:<14} {value}")
+    _print_facts(_facts(manifest, folder))
     return 0
 
 
+def _shown(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.to_builtins(manifest)
+    mine = {"name": folder.name, "folder": str(folder), "size_bytes": manifest.size_bytes}
+    return {**told, **mine}
+
+
+def _show_entry(args: argparse.Namespace, entry: Entry) -> int:
+    if args.json:
+        print(json.dumps({**msgspec.to_builtins(entry), "on_board": False}))
+        return 0
+    about = "" if entry.verified else "about "
+    source = entry.source
+    where = (
+        f"hf:{source.repository}:{source.file}"
+        if isinstance(source, HubSource)
+        else f"wheel {source.package} {source.version}"
+    )
+    _print_facts(
+        [
+            ("name", f"{entry.name}, not on this board: edgemoa model pull {entry.name}"),
+            ("family", entry.family),
+            ("architecture", entry.architecture),
+            ("parameters", _count(entry.parameters)),
+            ("quantization", entry.quantization),
+            ("context", f"{entry.context} tokens"),
+            ("licence", entry.licence),
+            ("suits", entry.suits),
+            ("on disk", f"{about}{entry.size_bytes / 1e6:.0f} MB"),
+            (
+                "memory",
+                f"{about}{entry.memory.bytes / 1e6:.0f} MB "
+                f"with a context of {entry.memory.context} tokens",
+            ),
+            ("source", where),
+            (
+                "verified",
+                "yes, pinned by hash"
+                if entry.verified
+                else "no: never fetched by us; this board records what its first pull brings",
+            ),
+        ]
+    )
+    return 0
+
+
+def _print_facts(facts: list[tuple[str, str]]) -> None:
+    for label, value in facts:
+        if not value:
+            continue
+        print(f"{label:<14} {value}")
+
+
 def _facts(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
+    made = f"by edgemoa, import {manifest.importer}" if manifest.importer else "ready-made"
+    if manifest.is_outdated:
+        made += f"; a later one is better: edgemoa model pull {folder.name}"
+    chat = "by the model's own template"
+    if manifest.has_chat_template is None:
+        chat = "not known"
+    elif not manifest.has_chat_template:
+        chat = "no template: a base model, which goes on with the text"
     return [
         ("name", folder.name),
         ("folder", str(folder)),
         ("architecture", f"{manifest.architecture}, {manifest.layers} layers"),
-        ("parameters", _count(manifest.parameters).strip()),
-        ("quantization", manifest.quantization),
+        ("parameters", _count(manifest.parameters) if manifest.parameters else "not known"),
+        ("quantization", manifest.quantization or "not known"),
+        ("weights", ", ".join(f"{n / 1e6:.1f} M {kind}" for kind, n in manifest.weights.items())),
+        ("chat", chat),
         ("context", f"{manifest.context_length} tokens"),
         ("cache", f"{manifest.kv_bytes_per_token / 1024:.0f} KiB for each token of context"),
         ("on disk", f"{manifest.size_bytes / 1e6:.1f} MB"),
+        ("made", made),
+        ("source", manifest.source or "not known"),
         ("model id", manifest.model_id),
-        ("GGUF SHA-256", manifest.source_sha256),
+        ("GGUF SHA-256", manifest.source_sha256 or "none"),
         ("files", ", ".join(file.name for file in manifest.files)),
     ]
 
 
 def _verify(args: argparse.Namespace) -> int:
-    progress = ConsoleProgress()
-    try:
+    with closing(ConsoleProgress()) as progress:
         manifest = _library(args).verify(args.name, progress)
-    finally:
-        progress.close()
-    print(f"{args.name}: {len(manifest.files)} files, {manifest.size_bytes / 1e6:.1f} MB, intact")
+    count, size = len(manifest.files), manifest.size_bytes
+    if args.json:
+        print(json.dumps({"name": args.name, "intact": True, "files": count, "size_bytes": size}))
+    else:
+        print(f"{args.name}: {count} files, {size / 1e6:.1f} MB, intact")
     return 0
 
 
 def _remove(args: argparse.Namespace) -> int:
-    _library(args).remove(args.name)
+    library = _library(args)
+    before = default_model(library)
+    library.remove(args.name)
+    after = default_model(library)
+    if args.json:
+        print(json.dumps({"name": args.name, "removed": True, "default": after}))
+        return 0
     print(f"{args.name} is removed")
+    if args.name == before:
+        print(_next_default(library, after))
+    return 0
+
+
+def _next_default(library: ModelLibrary, name: str) -> str:
+    """What a person has to know who removed the default."""
+    here = ", ".join(library.models())
+    if name in library.models():
+        return f"the default is now {name}"
+    choice = f"choose another: edgemoa model set-default NAME (here: {here})" if here else ""
+    return f"the default is now {name}, which is not on this board; " + (
+        choice or f"fetch it: edgemoa model pull {name}"
+    )
+
+
+def _set_default(args: argparse.Namespace) -> int:
+    _library(args).set_default(args.name)
+    if args.json:
+        print(json.dumps({"default": args.name}))
+    else:
+        print(
+            f"{args.name} is used where nobody says which model; a daemon that runs takes it when "
+            "it is started again"
+        )
     return 0
 
 
 def _perplexity(args: argparse.Namespace) -> int:
     folder = _library(args).find(args.name)
+    if read_manifest(folder).importer == 0:
+        raise ModelInvalidError(
+            f"{args.name} came ready-made, without the scoring graph that a perplexity needs",
+            hint="import the same model from its GGUF: edgemoa model import FILE.gguf",
+        )
     try:
         text = args.text.read_text("utf-8")
     except OSError as error:
@@ -241,11 +492,8 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise UserError("--tokens must be at least 2")
     from edgemoa.models.perplexity import perplexity
 
-    progress = ConsoleProgress()
-    try:
+    with closing(ConsoleProgress()) as progress:
         result = perplexity(folder, text, args.window, args.tokens, progress)
-    finally:
-        progress.close()
     if args.json:
         print(json.dumps({"name": args.name, **msgspec.to_builtins(result)}))
     else:

@@ -47,8 +47,12 @@ class Model(Section, frozen=True):
     """The model that this board answers with."""
 
     name: Annotated[
-        str, Meta(max_length=limits.MAX_NAME_BYTES, description="a model from `edgemoa model list`")
-    ] = "smollm2-135m-instruct"
+        str,
+        Meta(
+            max_length=limits.MAX_NAME_BYTES,
+            description="a model from `edgemoa model list` (default: `edgemoa model set-default`)",
+        ),
+    ] = ""
     threads: Annotated[
         int, Meta(ge=0, le=256, description="threads for the model; 0 means every core")
     ] = 0

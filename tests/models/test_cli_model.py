@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgemoa.cli_model import add_parser
-from edgemoa.errors import ModelNotFoundError, UserError
+from edgemoa.errors import ModelInvalidError, ModelNotFoundError, UserError
 from edgemoa.models.progress import ConsoleProgress
 
 from .tiny import Tiny
@@ -40,6 +40,7 @@ def test_it_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     heavy = {"numpy", "onnx", "onnxruntime", "onnxruntime_genai", "asyncio", "zipfile"}
+    heavy |= {"huggingface_hub", "httpx2", "ssl"}
     assert not heavy & set(result.stdout.split())
 
 
@@ -61,16 +62,85 @@ def test_list(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run("list", "--models", models) == 0
     out = capsys.readouterr().out
-    assert "* smollm2-135m-instruct" in out
-    assert "edgemoa model pull smollm2-135m-instruct" in out
-    assert "  tiny-model.q4_1" in out
+    assert out.startswith("  tiny-model.q4_1  ")
+    assert "smollm2" not in out
     assert run("list", "--json", "--models", models) == 0
     shown = json.loads(capsys.readouterr().out)
-    rows = {row["name"]: row for row in shown["models"]}
-    assert rows["smollm2-135m-instruct"]["default"]
-    assert not rows["smollm2-135m-instruct"]["on_board"]
-    assert rows["tiny-model.q4_1"]["on_board"]
-    assert shown["folder"] == str(models)
+    assert [row["name"] for row in shown["models"]] == ["tiny-model.q4_1"]
+    assert (shown["folder"], shown["default"]) == (str(models), "smollm2-135m-instruct")
+    assert "catalog" not in shown
+
+
+def test_list_of_nothing_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("list", "--models", tmp_path) == 0
+    assert "edgemoa model pull smollm2-135m-instruct" in capsys.readouterr().out
+
+
+def test_list_of_what_there_is_to_fetch(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    nowhere: list[Any] = ["--socket", models / "no-daemon"]
+    assert run("list", "--remote", "--models", models, *nowhere) == 0
+    out = capsys.readouterr().out
+    assert "  tiny-model.q4_1" in out
+    assert "  smollm2-135m-instruct" in out
+    assert "~" in next(line for line in out.splitlines() if "qwen3-4b" in line)
+    assert run("list", "--remote", "--json", "--models", models, *nowhere) == 0
+    shown = json.loads(capsys.readouterr().out)
+    offers = {offer["name"]: offer for offer in shown["catalog"]}
+    assert offers["smollm2-135m-instruct"]["verified"]
+    assert offers["smollm2-135m-instruct"]["default"]
+    assert not offers["qwen3-4b"]["verified"]
+    assert offers["qwen3-4b"]["fits"] is (offers["qwen3-4b"]["obstacle"] == "")
+    assert shown["board"]["memory_total"] > 0
+    assert "peers" not in shown
+
+
+def test_the_default_is_chosen_shown_and_lost(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where: list[Any] = ["tiny-model.q4_1", "--models", models]
+    assert run("set-default", *where) == 0
+    with pytest.raises(ModelNotFoundError):
+        run("set-default", "other", "--models", models)
+    capsys.readouterr()
+    assert run("list", "--models", models) == 0
+    assert capsys.readouterr().out.startswith("* tiny-model.q4_1")
+    assert run("rm", *where) == 0
+    out = capsys.readouterr().out
+    assert "the default is now smollm2-135m-instruct, which is not on this board" in out
+    assert "edgemoa model pull smollm2-135m-instruct" in out
+
+
+def test_a_model_of_the_catalog_is_shown(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("show", "qwen3-4b", "--models", models) == 0
+    out = capsys.readouterr().out
+    assert "hf:Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q4_K_M.gguf" in out
+    assert "never fetched" in out
+    assert run("show", "qwen3-4b", "--models", models, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["verified"], shown["on_board"]) == (False, False)
+    with pytest.raises(ModelNotFoundError):
+        run("show", "nothing", "--models", models)
+
+
+def test_a_ready_made_folder(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("import", models / "tiny-model.q4_1", "--models", tmp_path / "more", "--json") == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (shown["name"], shown["importer"], shown["parameters"]) == ("tiny-model.q4_1", 0, None)
+    where: list[Any] = ["tiny-model.q4_1", "--models", tmp_path / "more"]
+    assert run("show", *where) == 0
+    out = capsys.readouterr().out
+    assert "ready-made" in out
+    assert "parameters     not known" in out
+    assert run("list", "--models", tmp_path / "more") == 0
+    with pytest.raises(ModelInvalidError, match="without the scoring graph") as caught:
+        run("perplexity", *where, "--text", tmp_path / "none")
+    assert "edgemoa model import FILE.gguf" in caught.value.hint
 
 
 def test_show_verify_and_remove(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +154,8 @@ def test_show_verify_and_remove(models: Path, capsys: pytest.CaptureFixture[str]
     assert shown["folder"] == str(models / "tiny-model.q4_1")
     assert run("verify", *where) == 0
     assert "intact" in capsys.readouterr().out
+    assert run("verify", *where, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["intact"]
     assert run("rm", *where) == 0
     with pytest.raises(ModelNotFoundError):
         run("show", *where)
@@ -115,7 +187,7 @@ def test_perplexity_of_a_text_that_cannot_be_read(
 
 
 def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("pull", "import", "list", "show", "verify", "rm", "perplexity"):
+    for command in ("pull", "import", "list", "show", "verify", "rm", "set-default", "perplexity"):
         with pytest.raises(SystemExit) as caught:
             run(command, "--help")
         assert caught.value.code == 0

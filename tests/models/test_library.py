@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 
 from edgemoa.errors import (
+    DiskFullError,
     HashMismatchError,
     ModelInvalidError,
     ModelNotFoundError,
@@ -19,7 +22,14 @@ from edgemoa.errors import (
     UserError,
 )
 from edgemoa.models.importer import import_gguf
-from edgemoa.models.library import ModelLibrary, default_model_dir, read_manifest
+from edgemoa.models.library import (
+    KEEP_ARRIVING_S,
+    SPARE_BYTES,
+    ModelLibrary,
+    Pin,
+    default_model_dir,
+    read_manifest,
+)
 from edgemoa.models.progress import silent
 
 from .tiny import Tiny
@@ -159,7 +169,151 @@ def test_the_lock_is_free_after_a_failure(tmp_path: Path) -> None:
     library = ModelLibrary(tmp_path)
     with pytest.raises(RuntimeError), library.staging("tiny", 0, silent):
         raise RuntimeError
-    descriptor = os.open(tmp_path / ".staging" / "tiny.lock", os.O_RDWR)
+    descriptor = os.open(tmp_path / ".locks" / "tiny", os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(descriptor)
     assert not (tmp_path / ".staging" / "tiny").exists()
+
+
+# --- what arrives
+
+
+def interrupted(library: ModelLibrary, name: str, source: str, content: bytes = b"half") -> Path:
+    """A fetch that broke off; returns where its part lies."""
+    with pytest.raises(KeyboardInterrupt), library.staging(name, 0, silent, source=source) as place:
+        part = place.arriving / "weights.bin.part"
+        part.write_bytes(content)
+        raise KeyboardInterrupt
+    return part
+
+
+def test_what_arrived_is_kept_for_the_same_source(library: ModelLibrary) -> None:
+    part = interrupted(library, "other", "hub, version 1")
+    assert part.read_bytes() == b"half"
+    assert list(library.models()) == ["tiny"]
+    with library.staging("other", 0, silent, source="hub, version 1") as place:
+        assert (place.arriving / part.name).read_bytes() == b"half"
+    with library.staging("other", 0, silent, source="hub, version 2") as place:
+        assert list(place.arriving.iterdir()) == []
+
+
+def test_what_arrived_is_left_alone_by_a_making_that_fetches_nothing(library: ModelLibrary) -> None:
+    part = interrupted(library, "other", "hub")
+    with library.staging("other", 0, silent):
+        pass
+    assert part.read_bytes() == b"half"
+
+
+def test_a_placed_model_needs_no_copy_and_leaves_nothing(library: ModelLibrary) -> None:
+    manifest = read_manifest(library.find("tiny"))
+    with library.staging("copy", 0, silent, source="a board") as place:
+        for file in manifest.files:
+            (place.arriving / file.name).write_bytes(
+                (library.root / "tiny" / file.name).read_bytes()
+            )
+            number = (place.arriving / file.name).stat().st_ino
+            place.take(place.arriving / file.name, file.name)
+            assert (place.model / file.name).stat().st_ino == number
+        place.origin = "another board"
+        place.place(manifest)
+    assert library.verify("copy", silent).model_id == manifest.model_id
+    assert read_manifest(library.find("copy")).source == "another board"
+    assert list((library.root / ".arriving").iterdir()) == []
+
+
+def test_taking_without_hard_links(library: ModelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", none)
+    with library.staging("copy", 0, silent, source="a board") as place:
+        (place.arriving / "x").write_bytes(b"x")
+        place.take(place.arriving / "x", "x")
+        assert (place.model / "x").read_bytes() == b"x"
+        assert not (place.arriving / "x").exists()
+
+
+def test_what_arrived_needs_no_room_again(
+    library: ModelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(library, "other", "hub", os.urandom(1 << 20))
+    free = 1 << 30  # said, not measured: others write to the same disk meanwhile
+    usage = type(shutil.disk_usage("/"))(2 * free, free, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    need = free - SPARE_BYTES + (512 << 10)  # half a MiB too much
+    with pytest.raises(DiskFullError), library.staging("third", need, silent, source="hub"):
+        pass
+    with library.staging("other", need, silent, source="hub"):
+        pass
+
+
+def test_what_nobody_went_on_with_is_swept(library: ModelLibrary) -> None:
+    old, fresh = interrupted(library, "old", "hub"), interrupted(library, "fresh", "hub")
+    past = time.time() - KEEP_ARRIVING_S - 60
+    for path in (old, old.parent, old.parent.parent, old.parent.parent / "source"):
+        os.utime(path, (past, past))
+    with library.staging("other", 0, silent):
+        pass
+    assert not old.parent.parent.exists()
+    assert fresh.exists()
+
+
+def test_what_arrives_now_is_not_swept(library: ModelLibrary) -> None:
+    with library.staging("slow", 0, silent, source="hub") as place:
+        part = place.arriving / "x"
+        part.write_bytes(b"x")
+        past = time.time() - KEEP_ARRIVING_S - 60
+        for path in (part, part.parent, place.kept, place.kept / "source"):
+            os.utime(path, (past, past))
+        with library.staging("other", 0, silent):
+            pass
+        assert part.exists()
+
+
+def test_removing_forgets_what_arrived(library: ModelLibrary) -> None:
+    part = interrupted(library, "other", "hub")
+    library.remove("other")
+    assert not part.parent.parent.exists()
+    with pytest.raises(ModelNotFoundError):
+        library.remove("other")
+
+
+def test_a_model_may_be_called_as_a_lock_was(library: ModelLibrary) -> None:
+    with (
+        library.staging("x", 0, silent, source="a") as one,
+        library.staging("x.lock", 0, silent, source="b") as two,
+    ):
+        assert one.arriving.is_dir() and two.arriving.is_dir()
+
+
+def test_a_link_is_removed_and_what_it_leads_to_is_not(library: ModelLibrary) -> None:
+    (library.root / "linked").symlink_to(library.root / "tiny")
+    library.remove("linked")
+    assert library.verify("tiny", silent)
+    assert list(library.models()) == ["tiny"]
+
+
+# --- choices
+
+
+def test_the_default(library: ModelLibrary) -> None:
+    assert library.default() is None
+    with pytest.raises(ModelNotFoundError):
+        library.set_default("other")
+    library.set_default("tiny")
+    assert ModelLibrary(library.root).default() == "tiny"
+    library.remove("tiny")
+    assert library.default() is None
+
+
+def test_pins(library: ModelLibrary) -> None:
+    assert library.pin("qwen") is None
+    pin = Pin(source="hf:a/b:c.gguf", revision="1" * 40, sha256="2" * 64)
+    library.set_pin("qwen", pin)
+    library.set_pin("qwen", pin)
+    assert ModelLibrary(library.root).pin("qwen") == pin
+    assert [path.name for path in (library.root / ".pins").iterdir()] == ["qwen.json"]
+    (library.root / ".pins" / "qwen.json").write_text("{")
+    with pytest.raises(StateError, match="cannot be read") as caught:
+        library.pin("qwen")
+    assert "--unpin" in caught.value.hint

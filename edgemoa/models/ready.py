@@ -1,0 +1,303 @@
+"""Ready-made onnxruntime-genai folders: what is taken of one, and what its manifest says.
+
+Such a folder is somebody's program for our runtime, so only what a text model on the CPU needs is
+let in: settings that are known here and name no other file, one graph, the weights beside it that
+it names itself, and the tokenizer. Nothing of it is executed, here or later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgemoa.errors import ModelInvalidError, UserError
+from edgemoa.models.library import (
+    Manifest,
+    ModelFile,
+    ModelLibrary,
+    chunks,
+    content_id,
+    reading,
+)
+from edgemoa.models.progress import Progress, printable
+from edgemoa.text.template import load_template
+from edgemoa.text.tokens import load_tokens
+
+CONFIG: Final = "genai_config.json"
+REQUIRED: Final = ("tokenizer.json", "tokenizer_config.json")
+OPTIONAL: Final = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_TEXT_BYTES: Final = 64 << 20  # of a tokenizer's file; the largest in use have some 35 MB
+MAX_GRAPH_BYTES: Final = 512 << 20  # read into memory as a whole; weights belong beside it
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+# Further options of a session, which are let in with a number: that names no file.
+_ENTRY: Final = re.compile(r"(session|memory|mlas|optimization)\.[a-z0-9_.]{1,100}")
+_GraphName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.onnx$")]
+_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+_Id = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
+_Ids = _Id | list[_Id] | None
+_ELEMENT_BYTES: Final = {
+    onnx.TensorProto.FLOAT: 4,
+    onnx.TensorProto.FLOAT16: 2,
+    onnx.TensorProto.BFLOAT16: 2,
+}
+
+
+class _Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is declared here is what is let in."""
+
+
+class _SessionOptions(_Known, frozen=True):
+    log_id: str = ""
+    provider_options: list[dict[str, Any]] = []
+    intra_op_num_threads: int | None = None
+    inter_op_num_threads: int | None = None
+    enable_cpu_mem_arena: bool | None = None
+    enable_mem_pattern: bool | None = None
+    log_severity_level: int | None = None
+    log_verbosity_level: int | None = None
+    graph_optimization_level: str | int | None = None
+
+
+class _Decoder(_Known, frozen=True):
+    filename: _GraphName
+    head_size: _Count
+    hidden_size: _Count
+    num_attention_heads: _Count
+    num_hidden_layers: _Count
+    num_key_value_heads: _Count
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    session_options: dict[str, Any] = {}
+    sliding_window: dict[str, Any] | None = None
+
+
+class _Model(_Known, frozen=True):
+    type: str
+    context_length: _Count
+    vocab_size: _Count
+    decoder: _Decoder
+    eos_token_id: _Id | list[_Id]
+    bos_token_id: _Ids = None
+    pad_token_id: _Ids = None
+    sep_token_id: _Ids = None
+
+
+class Config(_Known, frozen=True):
+    """``genai_config.json`` of a text model."""
+
+    model: _Model
+    search: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+
+
+def read_config(path: Path) -> Config:
+    """Raises :class:`ModelInvalidError` for settings that are not let in."""
+    try:
+        config = msgspec.json.decode(_read(path, MAX_CONFIG_BYTES), type=Config)
+        options = msgspec.convert(
+            {
+                key: value
+                for key, value in config.model.decoder.session_options.items()
+                if not (_ENTRY.fullmatch(key) and re.fullmatch(r"\d{1,9}", str(value)))
+            },
+            _SessionOptions,
+        )
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelInvalidError(
+            f"{CONFIG} is not taken: {printable(error, 300)}",
+            hint="only a text model for the CPU is, whose settings name no file but its graph",
+        ) from None
+    providers = [name for each in options.provider_options for name in each]
+    if any(name.lower() != "cpu" for name in providers):
+        raise ModelInvalidError(
+            f"{CONFIG} is made for {printable(', '.join(providers))}, not for the CPU",
+            hint="such repositories usually have a folder with 'cpu' in its name: take that",
+        )
+    return config
+
+
+def read_graph(path: Path, config: Config) -> tuple[tuple[str, ...], int, str | None]:
+    """The files of weights that the graph names, the bytes of one number of its key-value cache,
+    and its quantization, where that shows.
+
+    Raises :class:`ModelInvalidError` for a file that is no graph or reaches out of its folder.
+    """
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise ModelInvalidError(f"{path.name} holds its weights itself; they belong beside it")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelInvalidError(f"{path.name} is no ONNX graph: {printable(error)}") from None
+    graph = model.graph
+    functions = (node for function in model.functions for node in function.node)
+    names = set()
+    for tensor in (*_tensors(graph), *_tensors_of(functions)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            places = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            names.update(places or [""])
+    for name in names:
+        if not _PLAIN.fullmatch(name):
+            raise ModelInvalidError(f"{path.name} takes weights from another place: {name[:80]!r}")
+    key_name = config.model.decoder.inputs.get("past_key_names", "").replace("%d", "0")
+    kinds = [each.type.tensor_type.elem_type for each in graph.input if each.name == key_name]
+    if not kinds or kinds[0] not in _ELEMENT_BYTES:
+        raise ModelInvalidError(
+            f"{path.name} has no key-value cache {key_name[:80]!r} in a number format that is known"
+        )
+    return tuple(sorted(names)), _ELEMENT_BYTES[kinds[0]], _quantization(graph)
+
+
+def check_text(folder: Path) -> None:
+    """Raises :class:`ModelInvalidError` for files of a tokenizer or chat template that the engine
+    would not take.
+    """
+    try:
+        load_template(folder)
+        load_tokens(folder)
+    except ModelInvalidError as error:
+        error.hint = "take the folder of a model that was made for conversations"
+        raise
+
+
+def manifest(
+    config: Config,
+    kv_number_bytes: int,
+    quantization: str | None,
+    name: str,
+    files: Iterable[ModelFile],
+) -> Manifest:
+    """What is known of a model whose making was not ours."""
+    model = config.model
+    decoder = model.decoder
+    ends = model.eos_token_id if isinstance(model.eos_token_id, list) else [model.eos_token_id]
+    stored = tuple(files)
+    return Manifest(
+        name=name,
+        model_id=content_id(stored),
+        importer=0,
+        architecture=model.type,
+        context_length=model.context_length,
+        vocabulary=model.vocab_size,
+        layers=decoder.num_hidden_layers,
+        kv_heads=decoder.num_key_value_heads,
+        head_size=decoder.head_size,
+        kv_bytes_per_token=2
+        * decoder.num_hidden_layers
+        * decoder.num_key_value_heads
+        * decoder.head_size
+        * kv_number_bytes,
+        eos_token_ids=tuple(ends),
+        files=stored,
+        quantization=quantization,
+    )
+
+
+def import_folder(source: Path, library: ModelLibrary, name: str, progress: Progress) -> Path:
+    """Take a folder that is on this machine into the library as ``name``; returns its new place.
+
+    Raises :class:`ModelInvalidError` for what it holds, :class:`UserError` if the name is taken or
+    a file cannot be read.
+    """
+    config = read_config(source / CONFIG)
+    graph = config.model.decoder.filename
+    _check_file(source / graph, MAX_GRAPH_BYTES)
+    weights, number_bytes, quantization = read_graph(source / graph, config)
+    names = [CONFIG, graph, *weights, *REQUIRED]
+    names += [each for each in OPTIONAL if (source / each).is_file()]
+    for each in names:
+        _check_file(source / each, None if each in weights else limit(each))
+    total = sum((source / each).stat().st_size for each in names)
+    with library.staging(name, total, progress) as staging:
+        if staging.target.exists():
+            raise UserError(
+                f"there is a model {name!r} already",
+                hint=f"choose another --name, or remove it first: edgemoa model rm {name}",
+            )
+        files = []
+        done = 0
+        for each in names:
+            files.append(_copy(source / each, staging.model / each, done, total, progress))
+            done += files[-1].size_bytes
+        check_text(staging.model)
+        staging.origin = f"folder {source.name}"
+        return staging.place(manifest(config, number_bytes, quantization, name, files))
+
+
+def limit(name: str) -> int:
+    """The size at most of a file other than weights."""
+    if name == CONFIG:
+        return MAX_CONFIG_BYTES
+    return MAX_GRAPH_BYTES if name.endswith(".onnx") else MAX_TEXT_BYTES
+
+
+def _check_file(path: Path, most: int | None) -> None:
+    if not path.is_file():
+        raise ModelInvalidError(f"{path.name} is missing in {path.parent}")
+    if most is not None and path.stat().st_size > most:
+        raise ModelInvalidError(f"{path.name} is larger than {most >> 20} MiB")
+
+
+def _copy(source: Path, target: Path, done: int, total: int, progress: Progress) -> ModelFile:
+    """A copy, not a link: the user may change what is theirs."""
+    digest = hashlib.sha256()
+    size = 0
+    with target.open("wb") as output:
+        for chunk in chunks(source):
+            output.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+            progress("copy", min(done + size, total), total)
+    return ModelFile(target.name, size, digest.hexdigest())
+
+
+def _read(path: Path, most: int) -> bytes:
+    _check_file(path, most)
+    with reading(path):
+        return path.read_bytes()
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a graph holds, those of its branches and loops too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_of(graph.node)
+
+
+def _tensors_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in (each for node in nodes for each in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        if attribute.HasField("g"):
+            yield from _tensors(attribute.g)
+        for inner in attribute.graphs:
+            yield from _tensors(inner)
+
+
+def _quantization(graph: onnx.GraphProto) -> str | None:
+    """The width that most quantized matrices have."""
+    widths = Counter(
+        attribute.i
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "bits"
+    )
+    return f"int{widths.most_common(1)[0][0]}" if widths else None
