@@ -32,6 +32,14 @@ class Client:
         except (http.client.HTTPException, OSError) as error:
             raise BoardError("the daemon went away in the middle of its answer") from error
 
+    def open(self, path: str, offset: int = 0) -> http.client.HTTPResponse:
+        """The bytes at ``path`` from ``offset`` on, to be read; their number is its ``length``.
+
+        :raises DaemonUnreachableError: no daemon there.
+        :raises EdgemoaError: what the daemon answered instead.
+        """
+        return self._request("GET", path, None, {"Range": f"bytes={offset}-"} if offset else {})
+
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed chat completion; closing the iterator cancels it.
 
@@ -58,12 +66,16 @@ class Client:
             response.close()
 
     def _request(
-        self, method: str, path: str, body: dict[str, Any] | None
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        more: dict[str, str] | None = None,
     ) -> http.client.HTTPResponse:
         connection = _Connection(self.path, self._timeout_s)
         try:
             data = None if body is None else json.dumps(body).encode()
-            headers = {"Connection": "close", "Content-Type": "application/json"}
+            headers = {"Connection": "close", "Content-Type": "application/json"} | (more or {})
             connection.request(method, path, data, headers)
             response = connection.getresponse()
         except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -80,7 +92,7 @@ class Client:
             raise DaemonUnreachableError(
                 f"the daemon on {self.path} does not answer", hint="see its log"
             ) from error
-        if response.status != http.client.OK:
+        if response.status not in (http.client.OK, http.client.PARTIAL_CONTENT):
             raise _error(_object(response.read()), response.getheader("Retry-After"))
         return response
 

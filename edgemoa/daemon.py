@@ -50,13 +50,16 @@ from edgemoa.engine.engine import Engine
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelLibrary
 from edgemoa.net.identity import load_identity
-from edgemoa.net.network import Network
+from edgemoa.net.network import Device, Network
 from edgemoa.net.pairing import JoinSecret, parse_join_secret
+from edgemoa.shelf import LibraryShelf
 from edgemoa.store import Store
 
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S: Final = 20.0  # to finish what runs, after SIGTERM
+PEER_MODELS_S: Final = 8.0  # for a paired board to say what it lends
+ASKED_AT_A_TIME: Final = 16
 LAG_PROBE_S: Final = 0.05
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
@@ -76,6 +79,7 @@ class Daemon:
         self._engine_started = asyncio.Event()
         self._defect = False
         self._stopped = False
+        self._asking = asyncio.Semaphore(ASKED_AT_A_TIME)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._lag_ms_max = 0.0
@@ -126,6 +130,7 @@ class Daemon:
             handlers=self,
             rng=Random(chance.getrandbits(64)),
             join_secret=join_secret,
+            shelf=LibraryShelf(self._library),
         )
         threads = config.model.threads or os.cpu_count() or 1
         self._engine = Engine(model_dir, config.model.name, threads, self)
@@ -296,6 +301,7 @@ class Daemon:
         }
         status["pid"] = os.getpid()
         status["port"] = self._network.port
+        status["lent_bytes"] = self._network.lent_bytes
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
         return status
 
@@ -316,6 +322,38 @@ class Daemon:
                 }
             devices.append(told)
         return devices
+
+    async def peer_models(self) -> dict[str, Any]:
+        """See :class:`edgemoa.api.server.Service`."""
+        paired = [d for d in self._network.devices() if d.state == "paired"]
+        boards = await asyncio.gather(*(self._lends(device) for device in paired))
+        return {"models_dir": str(self._library.root), "boards": boards}
+
+    async def _lends(self, device: Device) -> dict[str, Any]:
+        told: dict[str, Any] = {"id": device.id, "name": device.name, "models": [], "detail": ""}
+        if not device.linked:
+            return told | {"detail": device.detail or "it is not there now"}
+        async with self._asking:
+            try:
+                async with asyncio.timeout(PEER_MODELS_S), self._network.borrow(device.id) as there:
+                    return told | {"models": msgspec.to_builtins(await there.offers())}
+            except TimeoutError:
+                return told | {"detail": "it does not answer in time"}
+            except EdgemoaError as error:
+                return told | {"detail": str(error)}
+
+    async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
+        """See :class:`edgemoa.api.server.Service`."""
+        async with self._network.borrow(board) as lender:
+            return await lender.manifest(model_id)
+
+    @contextlib.asynccontextmanager
+    async def peer_file(
+        self, board: BoardId, model_id: str, file: str, offset: int
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """See :class:`edgemoa.api.server.Service`."""
+        async with self._network.borrow(board) as lender:
+            yield await lender.file(model_id, file, offset)
 
     # --- the end
 

@@ -15,15 +15,16 @@ import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from aiohttp import web
 
 from edgemoa.api import openai
-from edgemoa.core import limits
+from edgemoa.core import envelope, limits
 from edgemoa.core.events import Accepted, Answered, Failed, Request, RequestEvent, Text
-from edgemoa.core.messages import ChatMessage
+from edgemoa.core.messages import BoardId, ChatMessage
 from edgemoa.errors import (
     AddressInUseError,
     BoardError,
@@ -43,6 +44,9 @@ KEEP_ALIVE_S: Final = 10.0  # a stream says something at least so often, or clie
 STOP_GRACE_S: Final = 2.0
 READ_S: Final = 30.0  # for a request to arrive
 MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
+
+_PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id:[0-9a-f]{64}}"
+_PEER_FILE: Final = _PEER_MODEL + "/{file:[^/]{1,128}}"
 
 
 class Service(Protocol):
@@ -75,6 +79,23 @@ class Service(Protocol):
 
     def devices(self) -> list[dict[str, Any]]:
         """Every board known: paired, or seen and not paired."""
+
+    async def peer_models(self) -> dict[str, Any]:
+        """What paired boards lend, and where this board keeps its own models."""
+
+    async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
+        """The manifest of a paired board's model, as that board sends it.
+
+        :raises EdgemoaError: it is not to be had.
+        """
+
+    def peer_file(
+        self, board: BoardId, model_id: str, file: str, offset: int
+    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
+        """How many bytes of such a model's file there are from ``offset`` on, and these bytes.
+
+        :raises EdgemoaError: it is not to be had, or ends in the middle.
+        """
 
 
 def failure(failed: Failed) -> EdgemoaError:
@@ -115,6 +136,9 @@ class Api:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/devices", self._devices)
+        app.router.add_get("/v1/peers/models", self._peer_models)
+        app.router.add_get(_PEER_MODEL, self._peer_manifest)
+        app.router.add_get(_PEER_FILE, self._peer_file, allow_head=False)
         app.router.add_get("/healthz", self._health)
         self._runner = web.AppRunner(
             app,
@@ -183,6 +207,40 @@ class Api:
 
     async def _devices(self, _: web.Request) -> web.Response:
         return _json({"devices": self._service.devices()})
+
+    async def _peer_models(self, _: web.Request) -> web.Response:
+        return _json(await self._service.peer_models())
+
+    async def _peer_manifest(self, http: web.Request) -> web.Response:
+        board, model_id = _peer_model(http)
+        manifest = await self._service.peer_manifest(board, model_id)
+        return web.Response(body=manifest, content_type="application/json")
+
+    async def _peer_file(self, http: web.Request) -> web.StreamResponse:
+        """A file of a paired board's model; with ``Range: bytes=N-`` from there on. What it should
+        be is for the client to know, and to check; here it only passes through."""
+        board, model_id = _peer_model(http)
+        offset = _offset(http)
+        asked = self._service.peer_file(board, model_id, http.match_info["file"], offset)
+        async with asked as (length, pieces):
+            response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+            response.content_length = length
+            if offset:
+                end = offset + length
+                response.set_status(206)
+                response.headers["Content-Range"] = f"bytes {offset}-{end - 1}/{end}"
+            await response.prepare(http)
+            try:
+                async for piece in pieces:
+                    await response.write(piece)
+            except EdgemoaError as error:
+                # The status has been sent: that the body is too short says the rest.
+                log.info("a copy from another board broke off", extra={"reason": str(error)})
+                if http.transport is not None:
+                    http.transport.abort()
+            else:
+                await response.write_eof()
+            return response
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         ask = openai.decode_chat_request(await self._read(http))
@@ -355,6 +413,20 @@ class _Stream:
 
     async def _data(self, data: bytes) -> None:
         await self._response.write(b"data: " + data + b"\n\n")
+
+
+def _peer_model(http: web.Request) -> tuple[BoardId, str]:
+    return envelope.check_board_id(http.match_info["board"]), http.match_info["model_id"]
+
+
+def _offset(http: web.Request) -> int:
+    try:
+        wanted = http.http_range
+    except ValueError:
+        raise web.HTTPRequestRangeNotSatisfiable from None
+    if wanted.stop is not None or (wanted.start or 0) < 0:
+        raise UserError("only ranges to the end are served", hint="Range: bytes=N-")
+    return wanted.start or 0
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

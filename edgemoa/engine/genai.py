@@ -20,6 +20,7 @@ from edgemoa.engine.frames import Done, Event, Failed, Generate, Text
 from edgemoa.engine.sampling import Sampler
 from edgemoa.engine.text import Detokenizer, StopText
 from edgemoa.errors import EngineError, ModelInvalidError, PromptTooLongError
+from edgemoa.text.settings import CONFIG, read_config
 from edgemoa.text.template import ChatTemplate, load_template
 from edgemoa.text.tokens import Tokens, load_tokens
 
@@ -218,14 +219,7 @@ def load(model_dir: Path, threads: int) -> GenaiBackend:
     """
     if not model_dir.is_dir():
         raise ModelInvalidError(f"There is no model folder at {model_dir}.", hint=_IMPORT_AGAIN)
-    try:
-        settings = json.loads((model_dir / "genai_config.json").read_text("utf-8"))
-        context = int(settings["model"]["context_length"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelInvalidError(
-            f"The model has no usable genai_config.json ({type(error).__name__}).",
-            hint=_IMPORT_AGAIN,
-        ) from error
+    context = read_config(model_dir / CONFIG).model.context_length
     og.disable_telemetry_events()  # nothing leaves this board that its owner did not ask for
     session_options = {
         "intra_op_num_threads": threads,

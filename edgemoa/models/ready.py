@@ -12,9 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Final
 
-import msgspec
 import onnx
 from google.protobuf.message import DecodeError
 
@@ -25,13 +24,12 @@ from edgemoa.models.library import (
     ModelLibrary,
     chunks,
     content_id,
-    reading,
 )
 from edgemoa.models.progress import Progress, printable
+from edgemoa.text.settings import CONFIG, MAX_CONFIG_BYTES, Config, read_config
 from edgemoa.text.template import load_template
 from edgemoa.text.tokens import load_tokens
 
-CONFIG: Final = "genai_config.json"
 REQUIRED: Final = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL: Final = (
     "special_tokens_map.json",
@@ -40,96 +38,15 @@ OPTIONAL: Final = (
     "vocab.json",
     "merges.txt",
 )
-MAX_CONFIG_BYTES: Final = 1 << 20
 MAX_TEXT_BYTES: Final = 64 << 20  # of a tokenizer's file; the largest in use have some 35 MB
 MAX_GRAPH_BYTES: Final = 512 << 20  # read into memory as a whole; weights belong beside it
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-# Further options of a session, which are let in with a number: that names no file.
-_ENTRY: Final = re.compile(r"(session|memory|mlas|optimization)\.[a-z0-9_.]{1,100}")
-_GraphName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.onnx$")]
-_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
-_Id = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
-_Ids = _Id | list[_Id] | None
 _ELEMENT_BYTES: Final = {
     onnx.TensorProto.FLOAT: 4,
     onnx.TensorProto.FLOAT16: 2,
     onnx.TensorProto.BFLOAT16: 2,
 }
-
-
-class _Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is declared here is what is let in."""
-
-
-class _SessionOptions(_Known, frozen=True):
-    log_id: str = ""
-    provider_options: list[dict[str, Any]] = []
-    intra_op_num_threads: int | None = None
-    inter_op_num_threads: int | None = None
-    enable_cpu_mem_arena: bool | None = None
-    enable_mem_pattern: bool | None = None
-    log_severity_level: int | None = None
-    log_verbosity_level: int | None = None
-    graph_optimization_level: str | int | None = None
-
-
-class _Decoder(_Known, frozen=True):
-    filename: _GraphName
-    head_size: _Count
-    hidden_size: _Count
-    num_attention_heads: _Count
-    num_hidden_layers: _Count
-    num_key_value_heads: _Count
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    session_options: dict[str, Any] = {}
-    sliding_window: dict[str, Any] | None = None
-
-
-class _Model(_Known, frozen=True):
-    type: str
-    context_length: _Count
-    vocab_size: _Count
-    decoder: _Decoder
-    eos_token_id: _Id | list[_Id]
-    bos_token_id: _Ids = None
-    pad_token_id: _Ids = None
-    sep_token_id: _Ids = None
-
-
-class Config(_Known, frozen=True):
-    """``genai_config.json`` of a text model."""
-
-    model: _Model
-    search: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
-
-
-def read_config(path: Path) -> Config:
-    """Raises :class:`ModelInvalidError` for settings that are not let in."""
-    try:
-        config = msgspec.json.decode(_read(path, MAX_CONFIG_BYTES), type=Config)
-        options = msgspec.convert(
-            {
-                key: value
-                for key, value in config.model.decoder.session_options.items()
-                if not (_ENTRY.fullmatch(key) and re.fullmatch(r"\d{1,9}", str(value)))
-            },
-            _SessionOptions,
-        )
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelInvalidError(
-            f"{CONFIG} is not taken: {printable(error, 300)}",
-            hint="only a text model for the CPU is, whose settings name no file but its graph",
-        ) from None
-    providers = [name for each in options.provider_options for name in each]
-    if any(name.lower() != "cpu" for name in providers):
-        raise ModelInvalidError(
-            f"{CONFIG} is made for {printable(', '.join(providers))}, not for the CPU",
-            hint="such repositories usually have a folder with 'cpu' in its name: take that",
-        )
-    return config
 
 
 def read_graph(path: Path, config: Config) -> tuple[tuple[str, ...], int, str | None]:
@@ -161,6 +78,17 @@ def read_graph(path: Path, config: Config) -> tuple[tuple[str, ...], int, str | 
             f"{path.name} has no key-value cache {key_name[:80]!r} in a number format that is known"
         )
     return tuple(sorted(names)), _ELEMENT_BYTES[kinds[0]], _quantization(graph)
+
+
+def check_folder(folder: Path, names: Iterable[str]) -> None:
+    """Raises :class:`ModelInvalidError` unless a folder that came from elsewhere is what is let in:
+    its settings, each of its graphs, its tokenizer and chat template.
+    """
+    config = read_config(folder / CONFIG)
+    for name in names:
+        if name.endswith(".onnx"):
+            read_graph(folder / name, config)
+    check_text(folder)
 
 
 def check_text(folder: Path) -> None:
@@ -264,12 +192,6 @@ def _copy(source: Path, target: Path, done: int, total: int, progress: Progress)
             size += len(chunk)
             progress("copy", min(done + size, total), total)
     return ModelFile(target.name, size, digest.hexdigest())
-
-
-def _read(path: Path, most: int) -> bytes:
-    _check_file(path, most)
-    with reading(path):
-        return path.read_bytes()
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -15,7 +15,7 @@ import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
@@ -27,11 +27,15 @@ from edgemoa.errors import (
     BoardError,
     ConfigError,
     EdgemoaError,
+    NetworkError,
+    OverloadedError,
     PairingError,
     PeerError,
     ProtocolError,
+    UserError,
 )
 from edgemoa.net import pairing, tls, wire
+from edgemoa.net.copies import Borrower, Lender, Shelf
 from edgemoa.net.discovery import Discovery, Hints
 from edgemoa.net.identity import Identity
 from edgemoa.net.link import Link, greet
@@ -51,6 +55,7 @@ _SUITS_AT_A_TIME: Final = 16
 _CONNECTIONS_PER_S: Final = 20.0  # from one address
 _CONNECTIONS_BURST: Final = 64.0
 _SEED_S: Final = (0.5, 30.0)  # between looks at a seed: at first, and in the end
+_MAX_BORROWED: Final = 24  # connections to copy models over that this board opened
 _SETTLED_S: Final = 2.0  # a link that lived shorter did not work
 _BREAKS: Final = (OSError, EOFError, TimeoutError, UnicodeError)
 """What a connection that does not come about, or ends, raises (TLS errors are OSErrors; texts in
@@ -104,6 +109,7 @@ class Network:
     :param boot: this run's boot epoch, from :meth:`Store.count_boot`.
     :param rng: for jitter.
     :param join_secret: boards that hold the same one pair by themselves; None to pair with nobody.
+    :param shelf: the models that paired boards may copy; None for none.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class Network:
         handlers: Handlers,
         rng: random.Random,
         join_secret: JoinSecret | None,
+        shelf: Shelf | None = None,
         timings: wire.Timings | None = None,
         datagram_hook: DatagramHook | None = None,
     ) -> None:
@@ -131,6 +138,8 @@ class Network:
         self._secret = join_secret
         self._timings = timings or wire.Timings()
         self._hook = datagram_hook
+        self._lender = Lender(shelf, self._timings)
+        self._borrowed = 0
         self._sockets = Sockets()
         self._tasks = Tasks()
         self._budget = Budget()
@@ -152,6 +161,11 @@ class Network:
     def port(self) -> int:
         """TCP and UDP port; known once started."""
         return self._sockets.port
+
+    @property
+    def lent_bytes(self) -> int:
+        """What paired boards have copied of this board's models, in this run."""
+        return self._lender.lent_bytes
 
     # --- what the daemon calls
 
@@ -221,6 +235,29 @@ class Network:
         """Every paired board, in the order of pairing, then those that were only heard of."""
         paired = [self._paired_device(peer) for peer in self._peers.values()]
         return paired + [self._pending_device(b) for b in self._hints if b not in self._peers]
+
+    @contextlib.asynccontextmanager
+    async def borrow(self, board: BoardId) -> AsyncIterator[Borrower]:
+        """A connection to a paired board, to copy models over.
+
+        :raises UserError: if it is not paired.
+        :raises NetworkError: if it cannot be reached; PeerError if it does not take part.
+        :raises OverloadedError: if there are too many of them.
+        """
+        peer = self._peers.get(board)
+        if peer is None:
+            raise UserError("that board is not paired with this one", hint="see `edgemoa devices`")
+        if self._borrowed >= _MAX_BORROWED:
+            raise OverloadedError("too many copies run at a time", hint="try again in a moment")
+        self._borrowed += 1
+        try:
+            connection = await self._dial_lender(peer)
+            with peer.copying(connection):
+                borrower = Borrower(connection, peer.name, self._timings)
+                await borrower.greeted()
+                yield borrower
+        finally:
+            self._borrowed -= 1
 
     async def unpair(self, board: BoardId, reason: str) -> None:
         """Trust a board no longer, here and for good; its link is cut.
@@ -455,6 +492,11 @@ class Network:
                 await connection.close()
                 return
             peer = self._peer_of(connection)
+            if connection.for_copies:
+                self._half_open.pop(sock, None)
+                with contextlib.suppress(*_BREAKS), peer.copying(connection):
+                    await self._lender.serve(connection, peer.board.id)
+                return
             link = await self._greet(connection, peer)
             self._half_open.pop(sock, None)
             await self._run_link(link, peer)
@@ -505,9 +547,7 @@ class Network:
         """Try each address; where the board answers, serve the link until it ends. Returns whether
         it lived long enough to call it one."""
         loop = asyncio.get_running_loop()
-        # First where it last proved itself: anybody can announce it elsewhere.
-        known = peer.board.addresses
-        addresses = dict.fromkeys([*known[:1], *self._hints.get(peer.board.id), *known[1:]])
+        addresses = self._addresses(peer)
         if not addresses:
             peer.detail = peer.detail or "not heard of yet"
         for address in addresses:
@@ -537,6 +577,32 @@ class Network:
             finally:
                 connection.abort()
         return False
+
+    def _addresses(self, peer: Peer) -> Iterable[Address]:
+        """Where to try, first where it last proved itself: anybody can announce it elsewhere."""
+        known = peer.board.addresses
+        return dict.fromkeys([*known[:1], *self._hints.get(peer.board.id), *known[1:]])
+
+    async def _dial_lender(self, peer: Peer) -> tls.Connection:
+        for address in self._addresses(peer):
+            try:
+                connection = await tls.dial(address, self._tls.borrower, self._timings.handshake)
+            except _BREAKS:
+                continue
+            if not self._is(peer, connection):
+                connection.abort()
+            elif connection.for_copies:
+                return connection
+            else:
+                connection.abort()
+                raise PeerError(f"{peer.name} cannot lend models", hint="upgrade edgemoa there")
+        raise NetworkError(f"{peer.name} does not answer", hint="is it on, and on this network?")
+
+    def _is(self, peer: Peer, connection: tls.Connection) -> bool:
+        try:
+            return self._peer_of(connection) is peer
+        except PeerError:
+            return False
 
     async def _greet(self, connection: tls.Connection, peer: Peer) -> Link:
         own = wire.Hello(

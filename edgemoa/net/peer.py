@@ -9,9 +9,10 @@ goes to the new boot.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from edgemoa.errors import ProtocolError
 from edgemoa.net import sealed, wire
 from edgemoa.net.identity import Identity
 from edgemoa.net.link import Link
+from edgemoa.net.tls import Connection
 from edgemoa.store import PairedBoard
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Peer:
         self.changed = asyncio.Event()  # set when there is reason to look at link and addresses
         self.detail = ""
         self.duplicates = 0
+        self._copies: set[Connection] = set()
         self._identity = identity
         self._key_id = envelope.key_id(identity.public_key)
         self._boot = boot
@@ -113,6 +116,11 @@ class Peer:
     def outbox(self) -> int:
         """Messages that are not yet known to have arrived."""
         return len(self._waiting) + len(self._in_flight)
+
+    @property
+    def name(self) -> str:
+        """What to call it before people."""
+        return self.board.name or short(self.board.id)
 
     def heard_age(self) -> float | None:
         """Seconds since this board was last heard; None if never in this run."""
@@ -178,17 +186,33 @@ class Peer:
             entry.after(self._timings.no_link, self._give_up)
         self.changed.set()
 
+    @contextlib.contextmanager
+    def copying(self, connection: Connection) -> Iterator[None]:
+        """Models are copied over this connection, for as long as the board is paired."""
+        self._copies.add(connection)
+        try:
+            yield
+        finally:
+            self._copies.discard(connection)
+            connection.abort()
+
     def drop(self) -> None:
         """The board is no longer paired: whatever waits for it is undelivered."""
         for entry in [*self._in_flight.values(), *self._waiting]:
             self._give_up(entry)
         if self.link is not None:
             self.link.close("no longer paired")
+        self._end_copies()
 
     def silence(self) -> None:
-        """Stop: no timer fires after this, and nothing is reported."""
+        """Stop: no timer fires after this, and nothing is reported; copies of models end."""
         for entry in [*self._in_flight.values(), *self._waiting]:
             entry.stop()
+        self._end_copies()
+
+    def _end_copies(self) -> None:
+        for connection in self._copies:
+            connection.abort()
 
     # --- out
 

@@ -19,6 +19,8 @@ from edgemoa.net.identity import Identity
 
 # Sent in the clear by every client, and the same for all: boards are told apart by key.
 _SERVER_NAME: Final = "edgemoa"
+COPIES: Final = "edgemoa-models/1"
+"""The ALPN protocol of a connection that models are copied over; links have none."""
 _SHUTDOWN_S: Final = 0.5
 _READ_AHEAD_BYTES: Final = 64 * 1024
 
@@ -29,11 +31,13 @@ class Contexts:
 
     :param server: asks for a certificate; one that is shown must be pinned.
     :param member: for dialling a paired board.
+    :param borrower: the same, to copy a model from it.
     :param stranger: for dialling a board to pair with: shows nothing, trusts nothing.
     """
 
     server: ssl.SSLContext
     member: ssl.SSLContext
+    borrower: ssl.SSLContext
     stranger: ssl.SSLContext
 
 
@@ -43,13 +47,15 @@ def make_contexts(identity: Identity, pinned: Iterable[bytes]) -> Contexts:
     server = _context(ssl.PROTOCOL_TLS_SERVER)
     server.num_tickets = 0  # a resumed session would not be checked against the roster again
     server.verify_mode = ssl.CERT_OPTIONAL
-    member = _context(ssl.PROTOCOL_TLS_CLIENT)
-    member.verify_mode = ssl.CERT_REQUIRED
-    for context in (server, member):
+    member, borrower = _context(ssl.PROTOCOL_TLS_CLIENT), _context(ssl.PROTOCOL_TLS_CLIENT)
+    member.verify_mode = borrower.verify_mode = ssl.CERT_REQUIRED
+    for context in (server, borrower):
+        context.set_alpn_protocols([COPIES])
+    for context in (server, member, borrower):
         context.load_cert_chain(identity.file)
         if anchors:
             context.load_verify_locations(cadata=anchors)
-    return Contexts(server, member, _context(ssl.PROTOCOL_TLS_CLIENT))
+    return Contexts(server, member, borrower, _context(ssl.PROTOCOL_TLS_CLIENT))
 
 
 def _context(protocol: int) -> ssl.SSLContext:
@@ -76,6 +82,12 @@ class Connection:
         """What the other side showed, in DER; it has proved to hold the key."""
         tls: ssl.SSLObject = self.writer.get_extra_info("ssl_object")
         return tls.getpeercert(binary_form=True)
+
+    @property
+    def for_copies(self) -> bool:
+        """Whether both sides mean to copy models over it."""
+        tls: ssl.SSLObject = self.writer.get_extra_info("ssl_object")
+        return tls.selected_alpn_protocol() == COPIES
 
     @property
     def address(self) -> tuple[str, int]:

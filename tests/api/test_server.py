@@ -20,7 +20,7 @@ import pytest
 from edgemoa.api import server
 from edgemoa.api.server import Api
 from edgemoa.client import Client
-from edgemoa.core import limits
+from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
     Accepted,
     Answered,
@@ -40,14 +40,21 @@ from edgemoa.errors import (
     ConfigError,
     DaemonUnreachableError,
     DeadlineError,
+    EdgemoaError,
     EngineError,
     InvalidPromptError,
     ModelNotFoundError,
+    NetworkError,
     OverloadedError,
+    PeerError,
     PromptTooLongError,
     UserError,
 )
 
+BEE = envelope.board_id(b"b" * 32)
+MODEL_ID = "ab" * 32
+WEIGHTS = os.urandom(1_000_000)
+LENT = f"/v1/peers/{BEE}/models/{MODEL_ID}"
 RECORD = ProposalRecord("bee", BoardId("b"), "tiny", 1, 10, 5, 3, 7, own=False)
 
 
@@ -80,6 +87,7 @@ class ScriptedBoard:
         ]
         self.engine_down = False
         self.refused: Failed | None = None
+        self.files: list[tuple[str, str, int]] = []
         self.measure_s = 0.0
         self.measuring = 0
         self.context_tokens = 0  # not known before the model has been loaded
@@ -123,6 +131,34 @@ class ScriptedBoard:
 
     def devices(self) -> list[dict[str, Any]]:
         return [{"id": "b", "state": "paired"}]
+
+    async def peer_models(self) -> dict[str, Any]:
+        return {"models_dir": "/models", "boards": []}
+
+    async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
+        if model_id != MODEL_ID:
+            raise PeerError("bee: that model is not there", hint="look there")
+        return b'{"name": "tiny"}'
+
+    @contextlib.asynccontextmanager
+    async def peer_file(
+        self, board: BoardId, model_id: str, file: str, offset: int
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        self.files.append((board, file, offset))
+        if file == "busy":
+            raise OverloadedError("bee: it lends to others", retry_after_s=7)
+        try:
+            yield len(WEIGHTS) - offset, self.pieces(file, offset)
+        finally:
+            self.gone_early.set()
+
+    async def pieces(self, file: str, offset: int) -> AsyncIterator[bytes]:
+        for at in range(offset, len(WEIGHTS), 10_000):
+            if file == "breaks" and at >= 50_000:
+                raise NetworkError("bee went away in the middle")
+            if file == "slow":
+                await asyncio.sleep(0.01)
+            yield WEIGHTS[at : at + 10_000]
 
 
 @pytest.fixture
@@ -500,3 +536,55 @@ def test_no_daemon(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachableError) as caught:
         Client(tmp_path / "none.sock").get("/v1/status")
     assert "serve" in caught.value.hint
+
+
+# --- models of paired boards
+
+
+def test_a_paired_boards_files_pass_through(path: Path, board: ScriptedBoard) -> None:
+    client = Client(path)
+    assert client.get("/v1/peers/models") == {"models_dir": "/models", "boards": []}
+    assert client.get(LENT) == {"name": "tiny"}
+    for offset in (0, 1, 999_999):
+        response = client.open(f"{LENT}/weights.bin", offset)
+        assert response.length == 1_000_000 - offset
+        assert response.status == (206 if offset else 200)
+        assert response.read() == WEIGHTS[offset:]
+    assert response.getheader("Content-Range") == "bytes 999999-999999/1000000"
+    assert board.files == [(BEE, "weights.bin", offset) for offset in (0, 1, 999_999)]
+
+
+def test_a_file_that_breaks_off_is_cut_short_and_nothing_else(path: Path) -> None:
+    response = Client(path).open(f"{LENT}/breaks")
+    assert response.length == 1_000_000
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)) as told:
+        response.read()
+    if isinstance(told.value, http.client.IncompleteRead):
+        assert WEIGHTS.startswith(told.value.partial)
+    assert Client(path).get("/v1/status")["ready"]
+
+
+def test_a_client_that_leaves_ends_the_transfer(path: Path, board: ScriptedBoard) -> None:
+    with Client(path).open(f"{LENT}/slow") as response:
+        response.read(1)
+        assert not board.gone_early.is_set()
+    assert board.gone_early.wait(5)
+
+
+def test_peers_models_that_cannot_be_had(path: Path, board: ScriptedBoard) -> None:
+    client = Client(path)
+    with pytest.raises(OverloadedError, match="lends to others") as told:
+        client.open(f"{LENT}/busy")
+    assert told.value.retry_after_s == 7
+    with pytest.raises(PeerError, match="bee: that model is not there"):
+        client.get(LENT.replace("ab", "00"))
+    with pytest.raises(EdgemoaError):
+        client.get(LENT.replace(BEE, BEE[:-1] + "a"))
+    for wrong in (LENT[:-1], LENT + "/a/b", LENT + "/" + "x" * 129, LENT.upper()):
+        with pytest.raises(UserError, match="Not Found"):
+            client.open(wrong)
+    board.files.clear()
+    for wrong in ("bytes=0-5", "bytes=-5", "bytes=x-", "lines=1-"):
+        with pytest.raises(UserError):
+            client._request("GET", f"{LENT}/weights.bin", None, {"Range": wrong})
+    assert board.files == []

@@ -16,6 +16,7 @@ from free_loop import free_loop
 from edgemoa import config
 from edgemoa.core.messages import BoardId, Cancel, ChatMessage, Message, Propose, Sampling
 from edgemoa.net import tls, wire
+from edgemoa.net.copies import Shelf
 from edgemoa.net.identity import Identity, load_identity
 from edgemoa.net.link import greet
 from edgemoa.net.network import DatagramHook, Network
@@ -114,6 +115,7 @@ class Bed:
         hook: DatagramHook | None = None,
         timings: wire.Timings = FAST,
         trusts: tuple[Identity, ...] = (),
+        shelf: Shelf | None = None,
         start: bool = True,
     ) -> Board:
         state_dir = self.folder / name
@@ -132,6 +134,7 @@ class Bed:
             handlers=heard,
             rng=random.Random(name),
             join_secret=secret,
+            shelf=shelf,
             timings=timings,
             datagram_hook=hook,
         )

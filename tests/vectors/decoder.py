@@ -75,6 +75,34 @@ MESSAGES: dict[str, dict[str, Any]] = {
     "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
 }
 
+BYTES = (INT, 0, 2**48)
+HEX, LOWER, UPPER = "0123456789abcdef", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = HEX[:10]
+ALPHABETS = {  # of the texts that may become names: first character, the others
+    "model_id": (HEX, HEX),
+    "name": (LOWER + DIGITS, LOWER + DIGITS + "._-"),
+    "file": (LOWER + UPPER + DIGITS + "_", LOWER + UPPER + DIGITS + "._-"),
+}
+OFFER: dict[str, Any] = {
+    "name": (STR, 1, 64),
+    "model_id": (STR, 64, 64),
+    "size_bytes": BYTES,
+    "quantization": (*NAME, ""),
+    "parameters": (*BYTES, 0),
+}
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "get_models": {},
+    "get_manifest": {"model_id": (STR, 64, 64)},
+    "get_file": {"model_id": (STR, 64, 64), "file": (STR, 1, 128), "offset": (*BYTES, 0)},
+}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "ready": {},
+    "models": {"models": (LIST, 0, 256, OFFER)},
+    "manifest": {"manifest": (bytes, 0, 64 * KIB)},
+    "file": {"length": BYTES},
+    "refused": {"reason": (STR, 0, 256), "retry_after_ms": (*MILLIS, 0)},
+}
+
 
 def board_id(public_key: bytes) -> str:
     digest = hashlib.sha256(public_key).digest()
@@ -241,3 +269,29 @@ def check_proof(proof: bytes, key: bytes, role: str, digest: bytes, public_key: 
     except InvalidSignature:
         raise RefusedError("the other board does not hold the key that it shows") from None
     return str(fields["name"])
+
+
+def copying(packet: bytes, side: str) -> dict[str, Any]:
+    """A question or an answer of a board that copies a model."""
+    said = unpack(packet, side)
+    try:
+        rules = {"question": QUESTIONS, "answer": ANSWERS}[side][said["type"]]
+        told: dict[str, Any] = fits(said, rules)
+        texts = [
+            (key, part[key])
+            for part in (told, *told.get("models", ()))
+            for key in ALPHABETS
+            if key in part
+        ]
+    except (KeyError, ValueError, TypeError):
+        raise RefusedError(f"not a valid {side}") from None
+    for key, text in texts:
+        first, others = ALPHABETS[key]
+        if text[0] not in first or set(text) - set(others):
+            raise RefusedError(f"not a valid {side}")
+    return {"type": said["type"], **told}
+
+
+def model_id(files: list[dict[str, str]]) -> str:
+    lines = sorted(f"{file['sha256']}  {file['name']}\n".encode() for file in files)
+    return hashlib.sha256(b"edgemoa model\n" + b"".join(lines)).hexdigest()

@@ -28,7 +28,8 @@ from edgemoa.core.messages import (
     Queued,
     Sampling,
 )
-from edgemoa.net import pairing, sealed
+from edgemoa.models.library import ModelFile, content_id
+from edgemoa.net import copies, pairing, sealed
 from edgemoa.net.identity import Identity, make_certificate
 
 FOLDER = Path(__file__).parent
@@ -351,11 +352,105 @@ def pairings() -> Vectors:
     }
 
 
+MODEL_ID = "0123456789abcdef" * 4
+
+
+def copied_models() -> Vectors:
+    offer = copies.Offer("smollm2-135m.x_y", MODEL_ID, 2**48, "Q4_1", 134_515_008)
+    questions = (
+        copies.GetModels(),
+        copies.GetManifest(MODEL_ID),
+        copies.GetFile(MODEL_ID, "_weights-1.bin", 2**48),
+    )
+    answers = (
+        copies.Ready(),
+        copies.Models((offer, copies.Offer("2", "f" * 64, 0))),
+        copies.ManifestIs(b"{}"),
+        copies.FileIs(5),
+        copies.Refused("it lends to others now", 1000),
+    )
+    files = (ModelFile("weights.bin", 3, "a" * 64), ModelFile("model.onnx", 0, "0" * 64))
+    file, model = msgspec.to_builtins(questions[2]), msgspec.to_builtins(offer)
+    tag = {"type": "models"}
+    return {
+        "model_id": content_id(files),
+        "files": [{"name": f.name, "sha256": f.sha256} for f in files],
+        "good": [
+            {"side": side, "packet": msgspec.msgpack.encode(m).hex(), "fields": fields(m)}
+            for side, messages in (("question", questions), ("answer", answers))
+            for m in messages
+        ]
+        + [
+            {
+                "side": "question",
+                "packet": msgpack.packb({**file, "later": 1, "offset": 0}).hex(),
+                "fields": {**file, "offset": 0},
+            }
+        ],
+        "bad": [
+            {"name": n, "side": s, "packet": p.hex(), "error": f"not a valid {s}"}
+            for n, s, p in (
+                ("an answer", "question", msgpack.packb({"type": "ready"})),
+                ("a question", "answer", msgpack.packb({"type": "get_models"})),
+                ("no type", "question", msgpack.packb({"model_id": MODEL_ID})),
+                ("two values", "question", msgspec.msgpack.encode(questions[0]) + b"\0"),
+                *(
+                    (f"{key}: {value!r:.20}", "question", msgpack.packb({**file, key: value}))
+                    for key, value in (
+                        ("model_id", MODEL_ID.upper()),
+                        ("model_id", MODEL_ID + "\n"),
+                        ("model_id", MODEL_ID[1:]),
+                        ("file", "../weights.bin"),
+                        ("file", ".hidden"),
+                        ("file", ""),
+                        ("file", "weights.bin\n"),
+                        ("file", "x" * 129),
+                        ("file", b"weights.bin"),
+                        ("offset", -1),
+                        ("offset", 2**48 + 1),
+                        ("offset", True),
+                    )
+                ),
+                *(
+                    (
+                        f"{key}: {value!r:.20}",
+                        "answer",
+                        msgpack.packb({**tag, "models": [{**model, key: value}]}),
+                    )
+                    for key, value in (
+                        ("name", "Upper"),
+                        ("name", "x" * 65),
+                        ("name", "../x"),
+                        ("size_bytes", 1.0),
+                        ("quantization", "x" * 65),
+                        ("parameters", None),
+                    )
+                ),
+                (
+                    "a long reason",
+                    "answer",
+                    msgpack.packb({"type": "refused", "reason": "x" * 257}),
+                ),
+            )
+        ],
+    }
+
+
+def fields(message: msgspec.Struct) -> Any:
+    """The message as JSON shows it, with bytes in hex."""
+    shown = msgspec.to_builtins(message, builtin_types=(bytes,))
+    return {
+        k: v.hex() if isinstance(v, bytes) else list(v) if isinstance(v, tuple) else v
+        for k, v in shown.items()
+    }
+
+
 FILES = {
     "identity.json": identities,
     "envelope.json": envelopes,
     "datagram.json": datagrams,
     "pairing.json": pairings,
+    "copies.json": copied_models,
 }
 
 

@@ -15,7 +15,8 @@ import pytest
 from edgemoa.core import envelope
 from edgemoa.core.messages import ChatMessage, Message, Sampling
 from edgemoa.errors import ConfigError, EdgemoaError
-from edgemoa.net import pairing, sealed, wire
+from edgemoa.models.library import ModelFile, content_id
+from edgemoa.net import copies, pairing, sealed, wire
 from edgemoa.net.identity import read_certificate
 
 VECTORS: dict[str, Any] = {
@@ -23,6 +24,7 @@ VECTORS: dict[str, Any] = {
 }
 IDENTITY, ENVELOPE = VECTORS["identity.json"], VECTORS["envelope.json"]
 DATAGRAM, PAIRING = VECTORS["datagram.json"], VECTORS["pairing.json"]
+COPIES = VECTORS["copies.json"]
 
 
 def named(vector: dict[str, Any]) -> str:
@@ -151,9 +153,37 @@ def test_a_new_join_secret_is_one() -> None:
     assert "key" not in repr(pairing.parse_join_secret(text))
 
 
+def copying(packet: bytes, side: str) -> Any:
+    """The package's view of a question or an answer, in the vectors' form."""
+    kinds = {"question": copies._asks, "answer": copies._answers}
+    decoded: Any = envelope.decode(kinds[side], packet, side)  # type: ignore[arg-type]
+    return generate.fields(decoded)
+
+
+def copying_independently(packet: bytes, side: str) -> Any:
+    told = decoder.copying(packet, side)
+    return {k: v.hex() if isinstance(v, bytes) else v for k, v in told.items()}
+
+
+@pytest.mark.parametrize("view", [copying, copying_independently])
+def test_copies_of_models(view: Any) -> None:
+    for vector in COPIES["good"]:
+        assert view(bytes.fromhex(vector["packet"]), vector["side"]) == vector["fields"]
+    for vector in COPIES["bad"]:
+        with pytest.raises((EdgemoaError, decoder.RefusedError)) as caught:
+            view(bytes.fromhex(vector["packet"]), vector["side"])
+        assert str(caught.value) == vector["error"], vector["name"]
+
+
+def test_the_id_of_a_model() -> None:
+    files = tuple(ModelFile(f["name"], 1, f["sha256"]) for f in COPIES["files"])
+    assert content_id(files) == COPIES["model_id"] == decoder.model_id(COPIES["files"])
+
+
 def test_the_specification_names_every_field_and_error() -> None:
     page = (Path(__file__).parents[2] / "edgemoa" / "PROTOCOL.md").read_text()
     structures = (*typing.get_args(Message), ChatMessage, Sampling, wire.Hello)
+    structures += (copies.Offer, *typing.get_args(copies.Ask), *typing.get_args(copies.Answer))
     for structure in (*structures, pairing._Start, pairing._Accept, pairing._Proof, pairing._Done):
         for name in structure.__struct_fields__:
             assert f"`{name}`" in page, (structure, name)
