@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgemoa.errors import EdgemoaError, ModelInvalidError, ModelNotFoundError, UserError
+from edgemoa.errors import (
+    EdgemoaError,
+    HashMismatchError,
+    ModelInvalidError,
+    ModelNotFoundError,
+    UserError,
+)
 from edgemoa.models.catalog import Entry, HubSource, Memory, default_model, load_catalog
-from edgemoa.models.library import Manifest, ModelLibrary, default_model_dir, read_manifest
+from edgemoa.models.library import (
+    Manifest,
+    ModelLibrary,
+    check_regular,
+    default_model_dir,
+    read_manifest,
+)
 from edgemoa.models.progress import ConsoleProgress, printable
 
 if TYPE_CHECKING:
@@ -23,6 +36,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 PEERS_TIMEOUT_S = 15.0
+FACT_LENGTH = 4096  # characters at most that are shown of one fact
 
 DESCRIPTION = """\
 Models live in one folder each, below --models DIR, $EDGEMOA_MODELS or
@@ -41,6 +55,9 @@ Fetch a model, check it and import it. REF is one of:
   https://HOST/FILE.gguf                any address of a GGUF, or of a wheel that
                                         holds one (.whl)
   FILE.whl                              such a wheel on this machine
+
+What is there already is left, if it is the same; what an earlier edgemoa made
+of the same file is made anew.
 
 What breaks off goes on with the next try, for up to a week. $HF_TOKEN lets you
 in where a licence has to be accepted, $HF_ENDPOINT names another hub, and
@@ -72,7 +89,11 @@ def add_parser(subparsers: Subparsers) -> None:
             else argparse.HelpFormatter,
         )
         command.add_argument(
-            "--models", type=Path, metavar="DIR", help="the folder of models (see above)"
+            "--models",
+            type=Path,
+            metavar="DIR",
+            help="the folder of models (default: $EDGEMOA_MODELS, or edgemoa/models in "
+            "$XDG_DATA_HOME or ~/.local/share)",
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(func=func)
@@ -172,12 +193,21 @@ def _pull(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from edgemoa.models.pull import model_name
 
+    check_regular(args.file)
     folder = args.file.is_dir()
     name = args.name or model_name(args.file.resolve().name if folder else args.file.stem)
     with closing(ConsoleProgress()) as progress:
         if folder:
-            from edgemoa.models.ready import import_folder
+            from edgemoa.models.ready import REQUIRED, import_folder
+            from edgemoa.text.settings import CONFIG
 
+            if not (args.file / CONFIG).is_file():
+                raise ModelInvalidError(
+                    f"{args.file} is no ready-made model: it holds no {CONFIG}",
+                    hint=f"a folder must hold {CONFIG}, the .onnx graph that it names with its "
+                    f"weights, {' and '.join(REQUIRED)}; a GGUF file is imported by its own name: "
+                    "edgemoa model import FILE.gguf",
+                )
             placed = import_folder(args.file, _library(args), name, progress)
         else:
             from edgemoa.models.importer import import_gguf
@@ -202,7 +232,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.remote:
         shown = _remote(args, library, shown)
     if args.json:
-        print(msgspec.json.encode(shown).decode())
+        print(json.dumps(msgspec.to_builtins(shown)))
         return 0
     if not here:
         print(f"no model is on this board yet; fetch the default: edgemoa model pull {default}")
@@ -211,10 +241,12 @@ def _list(args: argparse.Namespace) -> int:
     for row in here:
         print(
             f"{'*' if row.default else ' '} {row.name:<{width}}  {_count(row.parameters):>7}  "
-            f"{row.quantization or '-':<6} {row.size_bytes / 1e6:7.0f} MB"
+            f"{printable(row.quantization or '-'):<6} {row.size_bytes / 1e6:7.0f} MB"
         )
     if here:
-        print(f"\n* the default. Models are in {library.root}")
+        starred = any(row.default for row in here)
+        print(f"\n{'* the default' if starred else _the_default(library, default)}")
+        print(f"Models are in {library.root}")
     for offer in shown.catalog or []:
         if offer is (shown.catalog or [])[0]:
             print("\nThe catalog; sizes with ~ are estimates, of what nobody here has fetched yet:")
@@ -358,12 +390,6 @@ def _show_entry(args: argparse.Namespace, entry: Entry) -> int:
         print(json.dumps({**msgspec.to_builtins(entry), "on_board": False}))
         return 0
     about = "" if entry.verified else "about "
-    source = entry.source
-    where = (
-        f"hf:{source.repository}:{source.file}"
-        if isinstance(source, HubSource)
-        else f"wheel {source.package} {source.version}"
-    )
     _print_facts(
         [
             ("name", f"{entry.name}, not on this board: edgemoa model pull {entry.name}"),
@@ -380,7 +406,7 @@ def _show_entry(args: argparse.Namespace, entry: Entry) -> int:
                 f"{about}{entry.memory.bytes / 1e6:.0f} MB "
                 f"with a context of {entry.memory.context} tokens",
             ),
-            ("source", where),
+            ("source", _origin(entry)),
             (
                 "verified",
                 "yes, pinned by hash"
@@ -392,17 +418,43 @@ def _show_entry(args: argparse.Namespace, entry: Entry) -> int:
     return 0
 
 
+def _origin(entry: Entry) -> str:
+    """What the manifest of a model of the catalog has as its source, but for a revision."""
+    source = entry.source
+    if isinstance(source, HubSource):
+        return f"hf:{source.repository}:{source.file}"
+    return f"wheel {source.package} {source.version}"
+
+
+def _again(name: str, manifest: Manifest) -> str:
+    """The command that brings a model once more, from where it came."""
+    source = printable(manifest.source, FACT_LENGTH)
+    known = {_origin(entry): entry.name for entry in load_catalog().values()}
+    if source.startswith("wheel "):
+        ref = known.get(source, source.removeprefix("wheel "))
+    elif source.startswith(("hf:", "http://", "https://")):
+        ref = source
+    else:  # a file or folder of the user's, which is not on record
+        what = "FILE.gguf" if manifest.importer else "FOLDER"
+        return f"edgemoa model import {what} --name {name}"
+    called = "" if ref == name else f" --name {name}"
+    return f"edgemoa model pull {shlex.quote(ref)}{called}"
+
+
 def _print_facts(facts: list[tuple[str, str]]) -> None:
     for label, value in facts:
         if not value:
             continue
-        print(f"{label:<14} {value}")
+        print(f"{label:<14} {printable(value, FACT_LENGTH)}")
 
 
 def _facts(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
     made = f"by edgemoa, import {manifest.importer}" if manifest.importer else "ready-made"
     if manifest.is_outdated:
-        made += f"; a later one is better: edgemoa model pull {folder.name}"
+        again = _again(folder.name, manifest)
+        if "model import" in again:  # a name that is taken is not imported once more
+            again = f"edgemoa model rm {folder.name}; {again}"
+        made += f"; a later one is better: {again}"
     chat = "by the model's own template"
     if manifest.has_chat_template is None:
         chat = "not known"
@@ -428,8 +480,13 @@ def _facts(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with closing(ConsoleProgress()) as progress:
-        manifest = _library(args).verify(args.name, progress)
+    library = _library(args)
+    try:
+        with closing(ConsoleProgress()) as progress:
+            manifest = library.verify(args.name, progress)
+    except HashMismatchError as error:
+        error.hint += f"; {_again(args.name, read_manifest(library.find(args.name)))}"
+        raise
     count, size = len(manifest.files), manifest.size_bytes
     if args.json:
         print(json.dumps({"name": args.name, "intact": True, "files": count, "size_bytes": size}))
@@ -441,25 +498,26 @@ def _verify(args: argparse.Namespace) -> int:
 def _remove(args: argparse.Namespace) -> int:
     library = _library(args)
     before = default_model(library)
-    library.remove(args.name)
+    with closing(ConsoleProgress()) as progress:
+        library.remove(args.name, progress)
     after = default_model(library)
     if args.json:
         print(json.dumps({"name": args.name, "removed": True, "default": after}))
         return 0
     print(f"{args.name} is removed")
     if args.name == before:
-        print(_next_default(library, after))
+        print(_the_default(library, after, now=" now"))
     return 0
 
 
-def _next_default(library: ModelLibrary, name: str) -> str:
-    """What a person has to know who removed the default."""
+def _the_default(library: ModelLibrary, name: str, now: str = "") -> str:
+    """Which model is used where nobody says, and what to do where it is not here."""
     here = ", ".join(library.models())
     if name in library.models():
-        return f"the default is now {name}"
+        return f"the default is{now} {name}"
     choice = f"choose another: edgemoa model set-default NAME (here: {here})" if here else ""
-    return f"the default is now {name}, which is not on this board; " + (
-        choice or f"fetch it: edgemoa model pull {name}"
+    return f"the default is{now} {name}, which is not on this board; " + "; or ".join(
+        filter(None, [f"fetch it: edgemoa model pull {name}", choice])
     )
 
 

@@ -20,10 +20,12 @@ from edgemoa.models.gguf import GgufFile
 
 MAX_LAYERS: Final = 512
 MAX_WIDTH: Final = 1 << 18  # of a hidden state, a feed-forward layer, or all heads
-MAX_CONTEXT: Final = 1 << 20
+MAX_CONTEXT: Final = 1 << 20  # that a file may state
+USED_CONTEXT: Final = 1 << 15
+"""The most that is used of a model's context. Its cache would be gigabytes on any board, and what
+rope needs for each position counts whether it is used or not: half a gigabyte for Gemma 3 4B."""
 MAX_VOCABULARY: Final = 1 << 20
 MAX_HEAD_SIZE: Final = 512
-MAX_ROPE_VALUES: Final = 1 << 26  # of one cache: it is in memory, times 4 bytes, twice
 HEAD_STEP: Final = 8  # GroupQueryAttention takes head sizes in steps of 8
 
 
@@ -262,7 +264,7 @@ class _Source:
             head_size=self.head_size,
             feed_forward=self.size("feed_forward_length", MAX_WIDTH),
             vocabulary=self.vocabulary,
-            context=context or self.context,
+            context=min(context or self.context, USED_CONTEXT),
             norm_epsilon=self.number("attention.layer_norm_rms_epsilon", None, 0.0, 0.1),
             tied="output.weight" not in self.gguf.tensors,
             ropes=ropes,
@@ -390,10 +392,6 @@ def _check_sizes(found: Architecture) -> None:
         raise ModelInvalidError(
             f"attention with {found.heads} heads of {found.head_size} over {found.kv_heads} "
             "key-value heads is not supported"
-        )
-    if found.context * found.head_size // 2 > MAX_ROPE_VALUES:
-        raise ModelInvalidError(
-            f"a context of {found.context} with heads of {found.head_size} is not supported"
         )
 
 

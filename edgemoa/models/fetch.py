@@ -73,12 +73,15 @@ class Wanted:
 
 
 def public(url: str) -> str:
-    """An address without what may be secret in it: for messages and manifests."""
+    """An address without what may be secret in it: for messages and manifests. It can be fetched
+    again, and holds nothing that a terminal would obey: what was escaped in it still is.
+    """
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
         raise UserError("that is no address that can be read", hint="check it") from None
-    return f"{parsed.scheme}://{parsed.netloc.decode()}{parsed.path}"
+    path, _, _ = parsed.raw_path.partition(b"?")
+    return f"{parsed.scheme}://{parsed.netloc.decode()}{path.decode()}"
 
 
 def fetch(wanted: Wanted, progress: Progress) -> Path:
@@ -192,7 +195,8 @@ class _Part:
 def _receive(client: httpx2.Client, wanted: Wanted, part: _Part, progress: Progress) -> None:
     """One try: ask for what is missing and write it down."""
     offset, note = part.size, part.note
-    if offset and offset == (wanted.size if wanted.immutable else note.size):
+    known = wanted.size if wanted.immutable else None
+    if offset and offset == (note.size if known is None else known):
         return  # whole, and only its name was not yet given to it
     headers = dict(wanted.headers) | {"Accept-Encoding": "identity"}
     if offset and (wanted.immutable or note.validator):

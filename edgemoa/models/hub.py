@@ -38,7 +38,7 @@ from edgemoa.errors import (
     UserError,
 )
 from edgemoa.models.fetch import TransientError, Wanted, public, retry
-from edgemoa.models.library import CHUNK_BYTES
+from edgemoa.models.library import hash_file
 from edgemoa.models.progress import Progress
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings show signed addresses
@@ -123,7 +123,7 @@ def _look_up(name: str, revision: str | None) -> Repository:
     except OfflineModeIsEnabled:
         raise NetworkError(
             "HF_HUB_OFFLINE is set: nothing is fetched from the hub",
-            hint="unset it, or copy the file here and run: edgemoa model import FILE.gguf",
+            hint="unset it",
         ) from None
     except GatedRepoError:
         raise _gated(name) from None
@@ -205,21 +205,12 @@ def _headers() -> dict[str, str]:
 
 def check(path: Path, file: HubFile, progress: Progress) -> str:
     """The SHA-256 of what arrived; raises :class:`HashMismatchError` if it is not ``file``."""
-    digest = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-    done = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-            git.update(chunk)
-            done += len(chunk)
-            progress("check", done, file.size)
-    given, found = (
-        (file.sha256, digest.hexdigest()) if file.sha256 else (file.git_id, git.hexdigest())
-    )
+    sha256 = hash_file(path, lambda done: progress("check", done, file.size), git)
+    given, found = (file.sha256, sha256) if file.sha256 else (file.git_id, git.hexdigest())
     if given is not None and given != found:
         raise HashMismatchError(
             f"{file.name} arrived with the hash {found}, not {given}",
             hint="try again; if that does not help, from another network",
         )
-    return digest.hexdigest()
+    return sha256

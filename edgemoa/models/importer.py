@@ -50,7 +50,9 @@ from edgemoa.models.library import (
     ModelFile,
     ModelLibrary,
     Staging,
+    check_regular,
     content_id,
+    taken,
 )
 from edgemoa.models.progress import Progress
 from edgemoa.models.tokenizer import Tokenizer
@@ -77,10 +79,7 @@ def import_gguf(
         need_bytes = written_bytes(gguf)
     with library.staging(name, need_bytes, progress) as staging:
         if staging.target.exists():
-            raise UserError(
-                f"there is a model {name!r} already",
-                hint=f"choose another --name, or remove it first: edgemoa model rm {name}",
-            )
+            raise taken(name)
         return place_gguf(source, staging, progress)
 
 
@@ -118,6 +117,7 @@ def written_bytes(gguf: GgufFile) -> int:
 
 def _opened(source: Path) -> GgufFile:
     try:
+        check_regular(source)  # a pipe would be waited for
         return GgufFile(source)
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror}") from None

@@ -5,6 +5,7 @@
     ROOT/NAME/model.json        what the model is, with the size and hash of each of its files
     ROOT/NAME/...               what the engine reads
     ROOT/.locks/NAME            held (flock) by the one process that makes or removes NAME
+    ROOT/.locks/.choices        held by the one that writes .default or a file of .pins
     ROOT/.staging/NAME/         a model in the making; nobody looks here for models
     ROOT/.arriving/NAME/files/  what has been fetched for it so far, kept for the next try
     ROOT/.arriving/NAME/source  what those files are (parts of)
@@ -13,8 +14,8 @@
 
 A model is made in the staging folder and moved to its place by one rename, after its bytes have
 reached the disk. A process that dies at any point leaves at most a staging folder without the
-lock's holder, which the next one to make a model removes, and what had arrived, which the next one
-to fetch the same goes on with. To fetch a model::
+lock's holder, which the next one to make a model removes (what was to be replaced goes back to its
+place), and what had arrived, which the next one to fetch the same goes on with. To fetch a model::
 
     with library.staging(name, need_bytes, progress, source="what, and which version of it") as s:
         if (s.target / MANIFEST).is_file(): ...   # another process made it while this one waited
@@ -33,7 +34,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ from edgemoa.errors import (
     StateError,
     UserError,
 )
-from edgemoa.models.progress import Progress
+from edgemoa.models.progress import Progress, printable, silent
 
 MANIFEST: Final = "model.json"
 MANIFEST_FORMAT: Final = 1
@@ -61,6 +62,8 @@ STAGING: Final = ".staging"
 ARRIVING: Final = ".arriving"
 PINS: Final = ".pins"
 DEFAULT: Final = ".default"
+CHOICES: Final = ".choices"  # the lock of what is no model: the default and the pins
+REPLACED: Final = "replaced"  # in a staging folder: the model that makes way for the new one
 KEEP_ARRIVING_S: Final = 7 * 86_400  # what arrived of a model is kept so long for the next try
 SPARE_BYTES: Final = 32 << 20  # what a board needs free beside the model to keep working
 CHUNK_BYTES: Final = 1 << 20
@@ -146,6 +149,39 @@ def chunks(path: Path) -> Iterator[bytes]:
             if not chunk:
                 return
             yield chunk
+
+
+def hash_file(path: Path, tell: Callable[[int], None], *also: hashlib._Hash) -> str:
+    """The SHA-256 of a file of the user's, in hexadecimal; ``also`` are fed with the same bytes.
+
+    ``tell`` is called with the number of bytes read so far. Raises :class:`UserError` where the
+    file cannot be read.
+    """
+    sha256, done = hashlib.sha256(), 0
+    for chunk in chunks(path):
+        for digest in (sha256, *also):
+            digest.update(chunk)
+        done += len(chunk)
+        tell(done)
+    return sha256.hexdigest()
+
+
+def check_regular(path: Path) -> None:
+    """Raises :class:`UserError` for a pipe, a socket or a device: reading one may never end. What
+    is not there, or is a folder, is for others to refuse.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{path} is no regular file", hint="write what comes from it to a file, and name that"
+        )
+
+
+def taken(name: str, source: str = "") -> UserError:
+    """The error that a model of this name is there, and is not the one that was asked for."""
+    return UserError(
+        f"there is a model {name!r} already" + (f", from {printable(source)}" if source else ""),
+        hint=f"choose another --name, or remove it first: edgemoa model rm {name}",
+    )
 
 
 @contextmanager
@@ -251,8 +287,8 @@ class Staging:
             _sync(file)
         _sync(self.model)
         if self.target.exists():  # one that is replaced; whoever runs it keeps its files
-            self.target.rename(self.folder / "replaced")
-        self.model.rename(self.target)
+            self.target.rename(self.folder / REPLACED)
+        self.model.rename(self.target)  # where this fails, what was replaced is put back
         _sync(self.target.parent)
         self.forget_arrived()
         return self.target
@@ -292,28 +328,32 @@ class ModelLibrary:
     def verify(self, name: str, progress: Progress) -> Manifest:
         """Read every file again and compare it with the manifest.
 
-        Raises :class:`HashMismatchError` for the first file that is missing or differs.
+        Raises :class:`HashMismatchError` for the first file that is missing or differs, and for
+        files that the manifest does not list: the engine might read them.
         """
         folder = self.find(name)
         manifest = read_manifest(folder)
-        fetched = manifest.source.startswith(("hf:", "http:", "https:"))
-        ref = f"{manifest.source} --name {name}" if fetched else name
-        hint = f"remove it and fetch it again: edgemoa model rm {name}; edgemoa model pull {ref}"
-        total, done = manifest.size_bytes, 0
+        hint = f"remove it and fetch or import it again: edgemoa model rm {name}"
+        total, before = manifest.size_bytes, 0
         for file in manifest.files:
-            path = folder / file.name
+            path, shown = folder / file.name, folder / printable(file.name)
             if "/" in file.name or not path.is_file():
-                raise HashMismatchError(f"{path} is missing", hint=hint)
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress("verify", min(done, total), total)
-            if digest.hexdigest() != file.sha256:
-                raise HashMismatchError(f"{path} is not what was imported", hint=hint)
+                raise HashMismatchError(f"{shown} is missing", hint=hint)
+
+            def tell(done: int, before: int = before) -> None:
+                progress("verify", min(before + done, total), total)
+
+            if hash_file(path, tell) != file.sha256:
+                raise HashMismatchError(f"{shown} is not what was imported", hint=hint)
+            before += file.size_bytes
         if content_id(manifest.files) != manifest.model_id:
             raise HashMismatchError(f"{folder / MANIFEST} was changed", hint=hint)
+        listed = {MANIFEST, *(file.name for file in manifest.files)}
+        if more := sorted(path.name for path in folder.iterdir() if path.name not in listed):
+            raise HashMismatchError(
+                f"{folder} holds what was not imported: {printable(', '.join(more))}",
+                hint=f"take it out of that folder, or {hint}",
+            )
         return manifest
 
     def default(self) -> str | None:
@@ -331,7 +371,7 @@ class ModelLibrary:
         """
         if name is not None:
             self.find(name)
-        with _board_errors(self.root):
+        with self._locked(CHOICES), _board_errors(self.root):
             if name is None:
                 (self.root / DEFAULT).unlink(missing_ok=True)
             else:
@@ -352,23 +392,27 @@ class ModelLibrary:
 
     def set_pin(self, name: str, pin: Pin) -> None:
         """Record what ``name`` of the catalog stands for on this board."""
-        with _board_errors(self.root):
+        with self._locked(CHOICES), _board_errors(self.root):
             (self.root / PINS).mkdir(parents=True, exist_ok=True)
             _write(self.root / PINS / f"{check_name(name)}.json", msgspec.json.encode(pin))
 
-    def remove(self, name: str) -> None:
-        """Take a model away, at once for everybody who looks for it, and what has arrived of it."""
+    def remove(self, name: str, progress: Progress = silent) -> None:
+        """Take a model away, at once for everybody who looks for it, and what has arrived of it.
+
+        Waits for a process that makes this model, and tells ``progress`` so.
+        """
         folder, arrived = self.root / check_name(name), self.root / ARRIVING / name
-        if not folder.is_dir() and not arrived.is_dir():
+        leaving = self.root / STAGING / name
+        if not any(path.is_dir() for path in (folder, arrived, leaving / REPLACED)):
             self.find(name)  # says what is missing
-        with self._locked(name), _board_errors(self.root):
+        with self._locked(name, progress), _board_errors(self.root):
             shutil.rmtree(arrived, ignore_errors=True)
-            leaving = self.root / STAGING / name
             shutil.rmtree(leaving, ignore_errors=True)
             if folder.is_symlink():  # put there by hand: what it leads to is not the library's
                 folder.unlink()
             elif folder.is_dir():
-                folder.rename(leaving)
+                leaving.mkdir()
+                folder.rename(leaving / "model")
                 shutil.rmtree(leaving)
             if self.default() == name:
                 self.set_default(None)
@@ -403,6 +447,7 @@ class ModelLibrary:
             try:
                 yield staging
             finally:
+                self._put_back(staging.folder)
                 shutil.rmtree(staging.folder, ignore_errors=True)
 
     def check_room(self, need_bytes: int) -> None:
@@ -447,12 +492,16 @@ class ModelLibrary:
                 continue
             descriptor = self._lock_file(folder.name)
             try:
-                if _try_lock(descriptor):
+                # Its maker may have been through, and have removed it, before this got the lock.
+                if _try_lock(descriptor) and folder.is_dir():
                     self._sweep_one(folder)
             finally:
                 os.close(descriptor)
 
     def _sweep_one(self, folder: Path) -> None:
+        """The model's lock is held."""
+        if folder.parent.name == STAGING:
+            self._put_back(folder)
         if (
             folder.parent.name == STAGING
             or (self.root / folder.name / MANIFEST).is_file()
@@ -460,10 +509,19 @@ class ModelLibrary:
         ):
             shutil.rmtree(folder)
 
+    def _put_back(self, staging: Path) -> None:
+        """Give a model its place again that was to be replaced, where the new one did not come."""
+        replaced, target = staging / REPLACED, self.root / staging.name
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+            _sync(target.parent)
+
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a small file as a whole."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    """Replace a small file as a whole. The caller holds a lock: whatever one who died on the way
+    left behind is overwritten by the next.
+    """
+    new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
     _sync(new)
     new.rename(path)

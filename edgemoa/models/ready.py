@@ -17,17 +17,18 @@ from typing import Final
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgemoa.errors import ModelInvalidError, UserError
+from edgemoa.errors import ModelInvalidError
 from edgemoa.models.library import (
     Manifest,
     ModelFile,
     ModelLibrary,
     chunks,
     content_id,
+    taken,
 )
 from edgemoa.models.progress import Progress, printable
 from edgemoa.text.settings import CONFIG, MAX_CONFIG_BYTES, Config, read_config
-from edgemoa.text.template import load_template
+from edgemoa.text.template import check_template, read_template
 from edgemoa.text.tokens import load_tokens
 
 REQUIRED: Final = ("tokenizer.json", "tokenizer_config.json")
@@ -38,6 +39,7 @@ OPTIONAL: Final = (
     "vocab.json",
     "merges.txt",
 )
+PROGRAM: Final = b"\x7fELF"  # never let in: settings could find a way to have it loaded
 MAX_TEXT_BYTES: Final = 64 << 20  # of a tokenizer's file; the largest in use have some 35 MB
 MAX_GRAPH_BYTES: Final = 512 << 20  # read into memory as a whole; weights belong beside it
 
@@ -64,20 +66,47 @@ def read_graph(path: Path, config: Config) -> tuple[tuple[str, ...], int, str | 
     graph = model.graph
     functions = (node for function in model.functions for node in function.node)
     names = set()
-    for tensor in (*_tensors(graph), *_tensors_of(functions)):
+    defaults = (each for function in model.functions for each in function.attribute_proto)
+    for tensor in (*_tensors(graph), *_tensors_of(functions), *_tensors_in(defaults)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             places = [entry.value for entry in tensor.external_data if entry.key == "location"]
             names.update(places or [""])
     for name in names:
         if not _PLAIN.fullmatch(name):
             raise ModelInvalidError(f"{path.name} takes weights from another place: {name[:80]!r}")
-    key_name = config.model.decoder.inputs.get("past_key_names", "").replace("%d", "0")
-    kinds = [each.type.tensor_type.elem_type for each in graph.input if each.name == key_name]
-    if not kinds or kinds[0] not in _ELEMENT_BYTES:
+    return tuple(sorted(names)), _cache_number_bytes(path.name, graph, config), _quantization(graph)
+
+
+def _cache_number_bytes(file: str, graph: onnx.GraphProto, config: Config) -> int:
+    """Bytes of one number of the key-value cache, which has to be what the settings say."""
+    model, decoder = config.model, config.model.decoder
+    inputs = {each.name: each.type.tensor_type for each in graph.input}
+    names = decoder.inputs.get("past_key_names", "")
+    expected = [names.replace("%d", str(number)) for number in range(decoder.num_hidden_layers + 1)]
+    past = [inputs.get(name) for name in expected]
+    if None in past[:-1] or past[-1] is not None or past[0] is None:
         raise ModelInvalidError(
-            f"{path.name} has no key-value cache {key_name[:80]!r} in a number format that is known"
+            f"{file} has not the {decoder.num_hidden_layers} layers of key-value cache that "
+            f"{CONFIG} says"
         )
-    return tuple(sorted(names)), _ELEMENT_BYTES[kinds[0]], _quantization(graph)
+    if past[0].elem_type not in _ELEMENT_BYTES:
+        raise ModelInvalidError(f"{file} has a key-value cache of numbers that are not known")
+    for kind in past[:-1]:
+        sizes = [each.dim_value for each in kind.shape.dim] if kind else []
+        if len(sizes) == 4 and (
+            sizes[1] not in (0, decoder.num_key_value_heads)
+            or sizes[3] not in (0, decoder.head_size)
+        ):
+            raise ModelInvalidError(f"{file} has another key-value cache than {CONFIG} says")
+    logits = decoder.outputs.get("logits", "logits")
+    for each in graph.output:
+        sizes = [size.dim_value for size in each.type.tensor_type.shape.dim]
+        if each.name == logits and sizes and sizes[-1] not in (0, model.vocab_size):
+            raise ModelInvalidError(f"{file} has another vocabulary than {CONFIG} says")
+    ends = model.eos_token_id if isinstance(model.eos_token_id, list) else [model.eos_token_id]
+    if max(ends, default=0) >= model.vocab_size:
+        raise ModelInvalidError(f"{CONFIG} ends answers with a token that is not in the vocabulary")
+    return _ELEMENT_BYTES[past[0].elem_type]
 
 
 def check_folder(folder: Path, names: Iterable[str]) -> None:
@@ -96,7 +125,7 @@ def check_text(folder: Path) -> None:
     would not take.
     """
     try:
-        load_template(folder)
+        check_template(*read_template(folder))
         load_tokens(folder)
     except ModelInvalidError as error:
         error.hint = "take the folder of a model that was made for conversations"
@@ -153,10 +182,7 @@ def import_folder(source: Path, library: ModelLibrary, name: str, progress: Prog
     total = sum((source / each).stat().st_size for each in names)
     with library.staging(name, total, progress) as staging:
         if staging.target.exists():
-            raise UserError(
-                f"there is a model {name!r} already",
-                hint=f"choose another --name, or remove it first: edgemoa model rm {name}",
-            )
+            raise taken(name)
         files = []
         done = 0
         for each in names:
@@ -187,6 +213,8 @@ def _copy(source: Path, target: Path, done: int, total: int, progress: Progress)
     size = 0
     with target.open("wb") as output:
         for chunk in chunks(source):
+            if size == 0 and chunk.startswith(PROGRAM):
+                raise ModelInvalidError(f"{source.name} is a program, which no model needs")
             output.write(chunk)
             digest.update(chunk)
             size += len(chunk)
@@ -203,7 +231,11 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _tensors_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for attribute in (each for node in nodes for each in node.attribute):
+    yield from _tensors_in(each for node in nodes for each in node.attribute)
+
+
+def _tensors_in(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
         yield from (attribute.t, *attribute.tensors)
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
             yield from (sparse.values, sparse.indices)

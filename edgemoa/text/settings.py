@@ -7,9 +7,9 @@ whoever takes a folder in and once more by the engine before it loads one.
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -20,20 +20,43 @@ from edgemoa.text.files import IMPORT_AGAIN
 CONFIG: Final = "genai_config.json"
 MAX_CONFIG_BYTES: Final = 1 << 20
 
-# Further options of a session, which are let in with a number: that names no file.
-_ENTRY: Final = re.compile(r"(session|memory|mlas|optimization)\.[a-z0-9_.]{1,100}")
-_GraphName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.onnx$")]
-_Count = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
-_Id = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
-_Ids = _Id | list[_Id] | None
+# Names of a graph's inputs and outputs. onnxruntime-genai takes those of the cache for a format of
+# C, so there is at most one number to put in, and nothing else that starts with a per cent sign.
+_TensorName = Annotated[
+    str, msgspec.Meta(pattern=r"^[A-Za-z0-9_./-]{1,60}(%d[A-Za-z0-9_./-]{0,40})?\Z")
+]
+_GraphName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.onnx\Z")]
+_Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 20)]
+_Layers = Annotated[int, msgspec.Meta(gt=0, le=512)]
+_Vocabulary = Annotated[int, msgspec.Meta(gt=0, le=1 << 21)]
+_Id = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 21)]
+_Ids = _Id | Annotated[list[_Id], msgspec.Meta(max_length=256)] | None
+_Number = (
+    Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}\Z")] | Annotated[int, msgspec.Meta(ge=0)]
+)
+# Models for text with one graph, as onnxruntime-genai 0.18 calls them.
+_Type = Literal[
+    "chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gptoss", "granite", "internlm2",
+    "lfm2", "llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phi3small", "phimoe", "qwen2",
+    "qwen3", "smollm3",
+]  # fmt: skip
+
+
+# Options of a session beyond those that onnxruntime-genai knows by itself. Others can name files
+# to read, and to write.
+_OPTIONS: Final = {
+    "disable_quant_qdq": "session.disable_quant_qdq",
+    "allow_spinning": "session.intra_op.allow_spinning",
+    "spin_duration_us": "session.intra_op.spin_duration_us",
+}
 
 
 class _Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is declared here is what is let in."""
 
 
-class _SessionOptions(_Known, frozen=True):
-    log_id: str = ""
+class _SessionOptions(_Known, frozen=True, rename=lambda name: _OPTIONS.get(name, name)):
+    log_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
     provider_options: list[dict[str, Any]] = []
     intra_op_num_threads: int | None = None
     inter_op_num_threads: int | None = None
@@ -42,27 +65,30 @@ class _SessionOptions(_Known, frozen=True):
     log_severity_level: int | None = None
     log_verbosity_level: int | None = None
     graph_optimization_level: str | int | None = None
+    disable_quant_qdq: _Number = 0
+    allow_spinning: _Number = 0
+    spin_duration_us: _Number = 0
 
 
 class _Decoder(_Known, frozen=True):
     filename: _GraphName
-    head_size: _Count
-    hidden_size: _Count
-    num_attention_heads: _Count
-    num_hidden_layers: _Count
-    num_key_value_heads: _Count
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    session_options: dict[str, Any] = {}
+    head_size: _Size
+    hidden_size: _Size
+    num_attention_heads: _Size
+    num_hidden_layers: _Layers
+    num_key_value_heads: _Size
+    inputs: dict[str, _TensorName]
+    outputs: dict[str, _TensorName]
+    session_options: dict[str, Any] = {}  # checked as _SessionOptions
     sliding_window: dict[str, Any] | None = None
 
 
 class _Model(_Known, frozen=True):
-    type: str
-    context_length: _Count
-    vocab_size: _Count
+    type: _Type
+    context_length: _Size
+    vocab_size: _Vocabulary
     decoder: _Decoder
-    eos_token_id: _Id | list[_Id]
+    eos_token_id: _Id | Annotated[list[_Id], msgspec.Meta(max_length=256)]
     bos_token_id: _Ids = None
     pad_token_id: _Ids = None
     sep_token_id: _Ids = None
@@ -78,17 +104,13 @@ class Config(_Known, frozen=True):
 
 def read_config(path: Path) -> Config:
     """Raises :class:`ModelInvalidError` for settings that are not let in."""
+    data = _read(path)
     try:
-        config = msgspec.json.decode(_read(path), type=Config)
-        options = msgspec.convert(
-            {
-                key: value
-                for key, value in config.model.decoder.session_options.items()
-                if not (_ENTRY.fullmatch(key) and re.fullmatch(r"\d{1,9}", str(value)))
-            },
-            _SessionOptions,
-        )
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # Of a key that comes twice msgspec takes the last; onnxruntime-genai acts on both.
+        json.loads(data, object_pairs_hook=_each_once)
+        config = msgspec.json.decode(data, type=Config)
+        options = msgspec.convert(config.model.decoder.session_options, _SessionOptions)
+    except (ValueError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
         raise ModelInvalidError(
             f"{CONFIG} is not taken: {printable(str(error))[:300]}",
             hint="Import the model again; of ready-made ones, those for text on the CPU are taken, "
@@ -101,6 +123,13 @@ def read_config(path: Path) -> Config:
             hint="such repositories usually have a folder with 'cpu' in its name: take that",
         )
     return config
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _read(path: Path) -> bytes:

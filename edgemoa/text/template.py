@@ -5,8 +5,10 @@ By Jinja2 with the settings of Hugging Face's ``transformers``, for which templa
 A template is a program that comes with a model from elsewhere. It runs in Jinja2's sandbox, which
 keeps it from everything but its own values; and so that it can neither hang nor fill the board, it
 gets so much processor time and memory and no more, by the kernel's count, in compiling as in
-rendering. Python looks for signals between its own steps only, so the few operations that can take
-long in one step (products, powers, rounding to a given place) are bounded one by one.
+rendering. Python looks for signals between its own steps only, so the few operations that easily
+take long in one step (products, powers, rounding to a given place) are bounded one by one; for all
+others the kernel has the last word and ends the process. That is the model's process, which is
+started anew, or the child in which :func:`check_template` tries a template that comes in.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +41,8 @@ MEMORY_BYTES: Final = 64 * limits.MIB  # beyond what the process has
 _MAX_PRODUCT: Final = limits.MIB  # characters or items
 _MAX_NUMBER_BITS: Final = 128
 _MAX_PLACES: Final = 20
+
+ELSEWHERE: Final = "Take the model from another source."
 
 _PLAIN: Final = "{{ messages | map(attribute='content') | join('\\n\\n') }}"
 """For a model without a template. Such a model was not taught turns, it goes on with a text: one
@@ -66,13 +72,13 @@ class ChatTemplate:
         except _FailedError as failure:
             raise ModelInvalidError(
                 f"The model's chat template is no valid template ({failure}).",
-                hint="Take the model from another source.",
+                hint=ELSEWHERE,
             ) from None
         if self._try((ChatMessage("user", "Hello"),)) is None:
             raise ModelInvalidError(
                 "The model's chat template fails on a simple conversation, or takes too much time"
                 " or memory for it.",
-                hint="Take the model from another source.",
+                hint=ELSEWHERE,
             )
         probe = (ChatMessage("system", _PROBE), ChatMessage("user", "Hello"))
         self._knows_system = _PROBE in (self._try(probe) or "")
@@ -121,10 +127,41 @@ class ChatTemplate:
         return prompt if len(prompt) <= MAX_PROMPT_CHARACTERS else None
 
 
+def check_template(source: str, bos_token: str = "", eos_token: str = "") -> None:
+    """Try a template from elsewhere in a child, which the kernel may end if it takes too long.
+
+    Raises :class:`ModelInvalidError` as :class:`ChatTemplate` does.
+    """
+    told = json.dumps([source, bos_token, eos_token])
+    child = subprocess.run(
+        [sys.executable, "-m", "edgemoa.text.template"],
+        input=told.encode("utf-8", "surrogatepass"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if child.returncode == 0:
+        return
+    try:
+        message, hint = json.loads(child.stdout)
+    except ValueError:  # it died
+        message, hint = "The model's chat template takes too much time or memory.", ELSEWHERE
+    raise ModelInvalidError(message, hint=hint)
+
+
 def load_template(model_dir: Path) -> ChatTemplate:
     """The template of a model folder: ``chat_template.jinja``, or in ``tokenizer_config.json``.
 
     Raises :class:`ModelInvalidError` where it is no template, or the folder no model.
+    """
+    return ChatTemplate(*read_template(model_dir))
+
+
+def read_template(model_dir: Path) -> tuple[str, str, str]:
+    """A folder's template, untried, and the tokens that it is told: what :class:`ChatTemplate` is
+    made of.
+
+    Raises :class:`ModelInvalidError` where the files do not hold one.
     """
     config = read_object(model_dir / "tokenizer_config.json")
     source = config.get("chat_template") or ""
@@ -139,7 +176,7 @@ def load_template(model_dir: Path) -> ChatTemplate:
     tokens = [_token(config.get(name)) for name in ("bos_token", "eos_token")]
     if not isinstance(source, str):
         raise ModelInvalidError("The model's chat template is no valid template.")
-    return ChatTemplate(source, *tokens)
+    return source, tokens[0], tokens[1]
 
 
 def _token(value: Any) -> str:
@@ -200,6 +237,7 @@ def _within_bounds(work: Callable[[], T]) -> T:
             raise _OutOfTimeError
 
     before = signal.signal(signal.SIGPROF, ring)
+    signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # ends the process
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     most = pages * resource.getpagesize() + MEMORY_BYTES
@@ -209,6 +247,7 @@ def _within_bounds(work: Callable[[], T]) -> T:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         # Again and again: Python drops what is raised while it clears up an object.
         signal.setitimer(signal.ITIMER_PROF, CPU_S, CPU_S / 10)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * CPU_S)
         return work()
     except _OutOfTimeError:
         raise _FailedError("it takes too long") from None
@@ -216,6 +255,7 @@ def _within_bounds(work: Callable[[], T]) -> T:
         raise _FailedError(type(error).__name__) from None
     finally:
         armed = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -286,3 +326,17 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now(UTC).astimezone().strftime(form)
+
+
+def main() -> int:
+    """The child of :func:`check_template`."""
+    try:
+        ChatTemplate(*json.load(sys.stdin))
+    except ModelInvalidError as error:
+        sys.stdout.write(json.dumps([str(error), error.hint]))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

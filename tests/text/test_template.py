@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgemoa.core.messages import ChatMessage, Role
 from edgemoa.errors import InvalidPromptError, ModelInvalidError
-from edgemoa.text.template import CPU_S, MEMORY_BYTES, ChatTemplate, load_template
+from edgemoa.text.template import CPU_S, MEMORY_BYTES, ChatTemplate, check_template, load_template
 
 
 def turns(*contents: str) -> tuple[ChatMessage, ...]:
@@ -103,6 +103,26 @@ def test_a_model_without_a_template_goes_on_with_the_text() -> None:
 )
 def test_templates_find_what_transformers_gives_them(source: str, prompt: str) -> None:
     assert ChatTemplate(source, "<s>", "</s>").render(turns("Hello")) == prompt
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set a='x'*1000000 %}{% set b='x'*1000000 %}{{ ([a]*1000000).count(b) }}",
+        "{% set a='x'*1000000 %}{% set b='x'*1000000 %}{{ [a]*1000000 == [b]*1000000 }}",
+    ],
+)
+def test_what_python_cannot_interrupt_the_kernel_ends(source: str) -> None:
+    with pytest.raises(ModelInvalidError, match="too much time or memory") as told:
+        check_template(source)
+    assert told.value.hint
+
+
+def test_a_template_is_tried_in_a_child() -> None:
+    check_template("{{ bos_token }}{{ messages[0].content }}", "<s>", "\ud800")
+    with pytest.raises(ModelInvalidError, match="is no valid template") as told:
+        check_template("{% if %}")
+    assert told.value.hint
 
 
 GROWING = "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = ... %}{% endfor %}"
