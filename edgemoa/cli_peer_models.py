@@ -54,6 +54,7 @@ MAX_TEXT: Final = 512
 PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # no path, and nothing hidden
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 PROGRAM: Final = b"\x7fELF"  # a model's settings can name a library of its folder to be loaded
+GAIN_BYTES: Final = 1 << 20  # less is no reason for new patience, unless a file ends with it
 TIMEOUT_S: Final = 60.0  # for the daemon, which has shorter ones for the other board
 NICENESS: Final = 10  # checking what comes leaves the processor to prompts
 KEPT: Final = "what has arrived is kept: run the same command again to go on"
@@ -192,7 +193,8 @@ def copy_model(
             staging.forget_arrived()
             error.hint = "it is what that board holds; take the model from another"
             raise
-        staging.place(msgspec.structs.replace(manifest, name=name))
+        # Where that board has it from is its word, and would be told as ours.
+        staging.place(msgspec.structs.replace(manifest, name=name, source=arrives))
     copy.copied_bytes, copy.boards = source.copied_bytes, list(source.gave)
     return copy
 
@@ -325,10 +327,11 @@ class _Source:
         self._boards = boards
         self._progress = progress
         self._patience = patience
-        self._failed: set[str] = set()  # boards that did not answer, since the last byte
+        self._failed: set[str] = set()  # boards that did not answer, since the last gain
         self._refused: set[str] = set()  # boards that will not do
         self._wait_s = patience.retry[0]
         self._quiet_since = time.monotonic()
+        self._gained = 0  # bytes since then
 
     @property
     def stage(self) -> str:
@@ -354,7 +357,7 @@ class _Source:
                     piece = _read(response, min(left, CHUNK_BYTES))
                     left -= len(piece)
                     self.copied_bytes += len(piece)
-                    self._got_some()
+                    self._got(len(piece), to_end=not left)
                     yield piece
         except _BREAKS as error:
             self._look_elsewhere(error)
@@ -362,8 +365,12 @@ class _Source:
     def _path(self) -> str:
         return f"/v1/peers/{self._boards[0].id}/models/{self._model_id}"
 
-    def _got_some(self) -> None:
+    def _got(self, count: int, *, to_end: bool) -> None:
         self.gave[self._boards[0].label] = None
+        self._gained += count
+        if self._gained < GAIN_BYTES and not to_end:
+            return
+        self._gained = 0
         self._failed.clear()
         self._wait_s = self._patience.retry[0]
         self._quiet_since = time.monotonic()
@@ -421,11 +428,19 @@ def _fetch(file: ModelFile, part: Path, source: _Source, arrived: Callable[[int]
     :raises HashMismatchError, ModelInvalidError: it is not what it should be; nothing of it stays.
     """
     while True:
-        digest, have = _digest(part, file.size_bytes)
+        digest, have, head = _arrived(part, file.size_bytes)
         resumed = have > 0
         with part.open("ab") as stream:
             while have < file.size_bytes:
                 for piece in source.pieces(file, have):
+                    # Before it is written: what never arrives whole would stay.
+                    head += piece[: len(PROGRAM) - len(head)]
+                    if head == PROGRAM:
+                        part.unlink()
+                        raise ModelInvalidError(
+                            f"{file.name} is a program, which no model needs",
+                            hint="do not trust that board",
+                        )
                     stream.write(piece)
                     digest.update(piece)
                     have += len(piece)
@@ -438,18 +453,11 @@ def _fetch(file: ModelFile, part: Path, source: _Source, arrived: Callable[[int]
                 f"{file.name} from {', '.join(source.gave)} is not what its manifest says",
                 hint=ELSEWHERE,
             )
-    with part.open("rb") as stream:
-        is_program = stream.read(len(PROGRAM)) == PROGRAM
-    if is_program:
-        part.unlink()
-        raise ModelInvalidError(
-            f"{file.name} is a program, which no model needs", hint="do not trust that board"
-        )
 
 
-def _digest(part: Path, size: int) -> tuple[hashlib._Hash, int]:
-    """The hash so far of what has arrived of a file, and how much that is."""
-    digest, have = hashlib.sha256(), 0
+def _arrived(part: Path, size: int) -> tuple[hashlib._Hash, int, bytes]:
+    """The hash so far of what has arrived of a file, how much that is, and its first bytes."""
+    digest, have, head = hashlib.sha256(), 0, b""
     if part.is_file() and part.stat().st_size > size:
         part.unlink()
     if part.is_file():
@@ -457,4 +465,8 @@ def _digest(part: Path, size: int) -> tuple[hashlib._Hash, int]:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
                 have += len(chunk)
-    return digest, have
+                head = head or chunk[: len(PROGRAM)]
+    if head == PROGRAM:  # of a version that looked at whole files only
+        part.unlink()
+        return _arrived(part, size)
+    return digest, have, head

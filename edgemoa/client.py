@@ -26,11 +26,8 @@ class Client:
         :raises DaemonUnreachableError: no daemon there.
         :raises EdgemoaError: what the daemon answered instead.
         """
-        response = self._request("GET", path, None)
-        try:
-            return _object(response.read())
-        except (http.client.HTTPException, OSError) as error:
-            raise BoardError("the daemon went away in the middle of its answer") from error
+        with self._request("GET", path, None) as response:
+            return _object(_rest(response))
 
     def open(self, path: str, offset: int = 0) -> http.client.HTTPResponse:
         """The bytes at ``path`` from ``offset`` on, to be read; their number is its ``length``.
@@ -74,10 +71,30 @@ class Client:
     ) -> http.client.HTTPResponse:
         connection = _Connection(self.path, self._timeout_s)
         try:
+            response = self._answer(connection, method, path, body, more)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.sock is not None:  # the response has its own hold on it
+            connection.sock.close()
+        if response.status not in (http.client.OK, http.client.PARTIAL_CONTENT):
+            with response:
+                raise _error(_object(_rest(response)), response.getheader("Retry-After"))
+        return response
+
+    def _answer(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        more: dict[str, str] | None,
+    ) -> http.client.HTTPResponse:
+        try:
             data = None if body is None else json.dumps(body).encode()
             headers = {"Connection": "close", "Content-Type": "application/json"} | (more or {})
             connection.request(method, path, data, headers)
-            response = connection.getresponse()
+            return connection.getresponse()
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise DaemonUnreachableError(
                 f"no edgemoa daemon listens on {self.path}",
@@ -92,9 +109,6 @@ class Client:
             raise DaemonUnreachableError(
                 f"the daemon on {self.path} does not answer", hint="see its log"
             ) from error
-        if response.status not in (http.client.OK, http.client.PARTIAL_CONTENT):
-            raise _error(_object(response.read()), response.getheader("Retry-After"))
-        return response
 
 
 class _Connection(http.client.HTTPConnection):
@@ -111,6 +125,13 @@ class _Connection(http.client.HTTPConnection):
             sock.close()
             raise
         self.sock = sock
+
+
+def _rest(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read()
+    except (http.client.HTTPException, OSError) as error:
+        raise BoardError("the daemon went away in the middle of its answer") from error
 
 
 def _object(data: bytes) -> dict[str, Any]:

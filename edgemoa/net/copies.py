@@ -15,8 +15,8 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any, BinaryIO, Final, Protocol, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated, Any, BinaryIO, Final, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -41,12 +41,15 @@ MAX_CONNECTIONS: Final = 16  # of boards that ask, together; more are closed at 
 MAX_CONNECTIONS_EACH: Final = 4
 MAX_LENT: Final = 2  # files sent at a time, to different boards; others are asked to come again
 BUSY_MS: Final = 1000  # when to come again
+LEAST_BYTES: Final = 64 * limits.KIB  # of a file in ``Timings.write``, or the copy is given up
 
 _MAX_ASK_BYTES: Final = 1 * limits.KIB
 _MAX_ANSWER_BYTES: Final = 256 * limits.KIB
-_PIECE_BYTES: Final = 64 * limits.KIB  # encrypted at a time; a slow board takes 2 ms for it
+_PIECE_BYTES: Final = LEAST_BYTES  # encrypted at a time; a slow board takes 2 ms for it
 _READ_BYTES: Final = 4 * _PIECE_BYTES  # from the disk at a time
 _WORK_S: Final = 0.002
+_LONGEST_REST_S: Final = 1.0  # where a slow disk was waited for
+_REST_S: Final = 0.01  # between two looks at the shelf, at least
 _LOW_PRIORITY: Final = 0x20  # DSCP CS1: the background queue of Wi-Fi, behind all messages
 
 ModelId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -100,7 +103,7 @@ class ManifestIs(msgspec.Struct, frozen=True, tag="manifest"):
 
 
 class FileIs(msgspec.Struct, frozen=True, tag="file"):
-    """So many bytes of the file follow, and nothing between them."""
+    """So many bytes of the file follow, and nothing between them; none from its end on."""
 
     length: Bytes
 
@@ -118,6 +121,8 @@ Answer: TypeAlias = Ready | Models | ManifestIs | FileIs | Refused
 _asks: msgspec.msgpack.Decoder[Ask] = msgspec.msgpack.Decoder(Ask)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 _A = TypeVar("_A", bound=msgspec.Struct)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Shelf(Protocol):
@@ -164,6 +169,8 @@ class Lender:
         self._timings = timings
         self._asking: Counter[BoardId] = Counter()
         self._lent: set[BoardId] = set()
+        self._looking = asyncio.Lock()
+        self._rested_at = 0.0
         self.lent_bytes = 0
 
     async def serve(self, connection: Connection, board: BoardId) -> None:
@@ -178,6 +185,7 @@ class Lender:
         try:
             background(connection)
             await self._say(connection, Ready())
+            pace = Pace()
             while True:
                 try:
                     async with asyncio.timeout(self._timings.frame):
@@ -187,6 +195,7 @@ class Lender:
                 except TimeoutError:
                     raise EOFError from None  # it has nothing more to ask
                 await self._answer(connection, board, envelope.decode(_asks, packet, "question"))
+                await pace.rest()
         finally:
             self._asking[board] -= 1
 
@@ -195,10 +204,10 @@ class Lender:
         try:
             match ask:
                 case GetModels():
-                    offers = await asyncio.to_thread(shelf.offers) if shelf else []
+                    offers = await self._look(shelf.offers) if shelf else []
                     await self._say(connection, Models(tuple(offers[:MAX_MODELS])))
                 case GetManifest(model_id=model_id) if shelf:
-                    manifest = await asyncio.to_thread(shelf.manifest, model_id)
+                    manifest = await self._look(shelf.manifest, model_id)
                     await self._say(connection, ManifestIs(manifest))
                 case GetFile() if shelf:
                     await self._lend(connection, board, shelf, ask)
@@ -217,15 +226,27 @@ class Lender:
             return
         self._lent.add(board)
         try:
-            stream, size = await asyncio.to_thread(shelf.open, ask.model_id, ask.file)
+            stream, size = await self._look(shelf.open, ask.model_id, ask.file)
             with stream:
-                if ask.offset > size:
-                    raise ProtocolError("an offset beyond the end of the file")
+                left = max(0, size - ask.offset)
                 stream.seek(ask.offset)
-                await self._say(connection, FileIs(size - ask.offset))
-                await self._send(connection, stream, size - ask.offset)
+                await self._say(connection, FileIs(left))
+                await self._send(connection, stream, left)
         finally:
             self._lent.discard(board)
+
+    async def _look(self, see: Callable[_P, _R], *what: _P.args, **how: _P.kwargs) -> _R:
+        """Look at the shelf, for one board after another: each look reads the manifests of all
+        models, and then there is a rest that is as long. However many ask, it takes half a core."""
+        loop = asyncio.get_running_loop()
+        async with self._looking:
+            await asyncio.sleep(self._rested_at - loop.time())
+            began = loop.time()
+            try:
+                return await asyncio.to_thread(see, *what, **how)
+            finally:
+                now = loop.time()
+                self._rested_at = now + min(max(_REST_S, now - began), _LONGEST_REST_S)
 
     async def _send(self, connection: Connection, stream: BinaryIO, length: int) -> None:
         pace = Pace()
@@ -244,6 +265,7 @@ class Lender:
         await self._write(connection, wire.framed(msgspec.msgpack.encode(answer)))
 
     async def _write(self, connection: Connection, data: bytes) -> None:
+        """Send an answer, or a piece of :data:`LEAST_BYTES`: so each of these has its time."""
         connection.writer.write(data)
         try:
             async with asyncio.timeout(self._timings.write):
@@ -299,14 +321,20 @@ class Borrower:
         return length, self._pieces(length)
 
     async def _pieces(self, length: int) -> AsyncIterator[bytes]:
-        pace = Pace()
+        pace, loop = Pace(), asyncio.get_running_loop()
+        got, waited = 0, 0.0  # for the other board: not while ours is busy
         while length:
             with self._breaks():
-                async with asyncio.timeout(self._timings.write):
+                began = loop.time()
+                async with asyncio.timeout(self._timings.write - waited):
                     piece = await self._connection.reader.read(min(length, _PIECE_BYTES))
                 if not piece:
                     raise EOFError
+            waited += loop.time() - began
             length -= len(piece)
+            got += len(piece)
+            if got >= LEAST_BYTES:
+                got, waited = 0, 0.0
             yield piece
             await pace.rest()
 

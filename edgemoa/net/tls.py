@@ -115,16 +115,21 @@ async def dial(address: tuple[str, int], context: ssl.SSLContext, timeout: float
     :raises OSError: if nobody listens there, or it does not speak TLS with a certificate as
         ``context`` demands, or takes too long.
     """
-    async with asyncio.timeout(2 * timeout):
-        reader, writer = await asyncio.open_connection(
-            *address,
-            ssl=context,
-            server_hostname=_SERVER_NAME,
-            ssl_handshake_timeout=timeout,
-            ssl_shutdown_timeout=_SHUTDOWN_S,
-            limit=_READ_AHEAD_BYTES,
-        )
-    return _ready(reader, writer, dialled=True)
+    protocol = _Remembering()
+    try:
+        async with asyncio.timeout(2 * timeout):
+            await asyncio.get_running_loop().create_connection(
+                lambda: protocol,
+                *address,
+                ssl=context,
+                server_hostname=_SERVER_NAME,
+                ssl_handshake_timeout=timeout,
+                ssl_shutdown_timeout=_SHUTDOWN_S,
+            )
+        return protocol.ready(dialled=True)
+    except BaseException:
+        protocol.abort()
+        raise
 
 
 async def accept(sock: socket.socket, context: ssl.SSLContext, timeout: float) -> Connection:
@@ -132,28 +137,53 @@ async def accept(sock: socket.socket, context: ssl.SSLContext, timeout: float) -
 
     :raises OSError: if it fails or takes too long.
     """
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=_READ_AHEAD_BYTES)
-    protocol = asyncio.StreamReaderProtocol(reader)
+    protocol = _Remembering()
     try:
-        transport, _ = await loop.connect_accepted_socket(
+        await asyncio.get_running_loop().connect_accepted_socket(
             lambda: protocol,
             sock,
             ssl=context,
             ssl_handshake_timeout=timeout,
             ssl_shutdown_timeout=_SHUTDOWN_S,
         )
+        return protocol.ready(dialled=False)
     except BaseException:
+        protocol.abort()
         sock.close()
         raise
-    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-    return _ready(reader, writer, dialled=False)
 
 
-def _ready(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, dialled: bool
-) -> Connection:
-    sock = writer.get_extra_info("socket")
+class _Remembering(asyncio.StreamReaderProtocol):
+    """Keeps the transport: whoever is cancelled in the moment in which the handshake ends never
+    gets it, and asyncio only begins to close it. Closed under it, its descriptor would be the next
+    connection's while the event loop still took it for this one's."""
+
+    def __init__(self) -> None:
+        self._reader = asyncio.StreamReader(limit=_READ_AHEAD_BYTES)
+        self._made: asyncio.Transport | None = None
+        super().__init__(self._reader)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """After the handshake."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
+        self._made = transport
+        super().connection_made(transport)
+
+    def abort(self) -> None:
+        """Let go of the descriptor, if it has been handed to a transport."""
+        if self._made is not None:
+            self._made.abort()
+
+    def ready(self, *, dialled: bool) -> Connection:
+        """The connection, once it is made."""
+        assert self._made is not None  # noqa: S101 - asyncio has just said so
+        loop = asyncio.get_running_loop()
+        writer = asyncio.StreamWriter(self._made, self, self._reader, loop)
+        _set_options(writer.get_extra_info("socket"))
+        return Connection(self._reader, writer, dialled=dialled)
+
+
+def _set_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # A board that lost its power says nothing: notice within about 11 s.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -161,4 +191,3 @@ def _ready(
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 11_000)
-    return Connection(reader, writer, dialled=dialled)

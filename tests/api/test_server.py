@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from edgemoa import cli_peer_models
 from edgemoa.api import server
 from edgemoa.api.server import Api
 from edgemoa.client import Client
@@ -50,6 +51,7 @@ from edgemoa.errors import (
     PromptTooLongError,
     UserError,
 )
+from edgemoa.net import copies
 
 BEE = envelope.board_id(b"b" * 32)
 MODEL_ID = "ab" * 32
@@ -148,11 +150,14 @@ class ScriptedBoard:
         if file == "busy":
             raise OverloadedError("bee: it lends to others", retry_after_s=7)
         try:
-            yield len(WEIGHTS) - offset, self.pieces(file, offset)
+            length = 2**40 if file == "endless" else max(0, len(WEIGHTS) - offset)
+            yield length, self.pieces(file, offset)
         finally:
             self.gone_early.set()
 
     async def pieces(self, file: str, offset: int) -> AsyncIterator[bytes]:
+        while file == "endless":
+            yield WEIGHTS[:65_536]
         for at in range(offset, len(WEIGHTS), 10_000):
             if file == "breaks" and at >= 50_000:
                 raise NetworkError("bee went away in the middle")
@@ -571,6 +576,122 @@ def test_a_client_that_leaves_ends_the_transfer(path: Path, board: ScriptedBoard
     assert board.gone_early.wait(5)
 
 
+def stalled(path: Path) -> socket.socket:
+    """A client that asks for a file and does not read it."""
+    asking = socket.socket(socket.AF_UNIX)
+    asking.settimeout(10)
+    asking.connect(os.fspath(path))
+    asking.sendall(f"GET {LENT}/endless HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return asking
+
+
+def test_a_client_that_does_not_read_ends_the_transfer(
+    path: Path, board: ScriptedBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "COPY_S", 0.2)
+    with stalled(path) as asking:
+        assert board.gone_early.wait(5)
+        with contextlib.suppress(ConnectionResetError):
+            while asking.recv(1 << 20):
+                pass
+    assert Client(path).get("/v1/status")["ready"]
+
+
+def test_a_transfer_does_not_delay_the_end(board: ScriptedBoard, tmp_path: Path) -> None:
+    async def test() -> None:
+        api = Api(board, tmp_path / "api.sock", 0o600)
+        await api.start()
+        with await asyncio.to_thread(stalled, tmp_path / "api.sock") as asking:
+            await asyncio.to_thread(asking.recv, 1)
+            began = time.monotonic()
+            await api.stop()
+            assert time.monotonic() - began < server.STOP_GRACE_S / 2
+        assert board.gone_early.is_set()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted", "status"),
+    [
+        ("weights.bin", "bytes=1000000-", 416),
+        ("weights.bin", "bytes=1000001-", 416),
+        ("weights.bin", f"bytes={2**48}-", 416),
+        ("weights.bin", f"bytes={2**48 + 1}-", 416),
+        ("weights.bin", f"bytes={2**70}-", 416),
+        ("weights.bin", f"bytes={'9' * 5000}-", 416),
+        ("..%2f..%2fetc", "", 400),
+        ("a%2fb", "", 400),
+        ("%2e%2e", "", 400),
+        ("%00", "", 400),
+        ("%ff%fe", "", 400),
+        ("w%0a", "", 400),
+        (".hidden", "", 400),
+    ],
+)
+def test_what_no_board_could_answer_is_refused_here(
+    path: Path, board: ScriptedBoard, target: str, wanted: str, status: int
+) -> None:
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    with contextlib.closing(connection.sock):
+        connection.sock.connect(os.fspath(path))
+        connection.request("GET", f"{LENT}/{target}", headers={"Range": wanted} if wanted else {})
+        response = connection.getresponse()
+        assert response.status == status
+        assert json.loads(response.read())["error"]["code"] == "invalid_request"
+    asked = [offset for _, _, offset in board.files]
+    assert all(offset <= server.MAX_OFFSET for offset in asked)
+    assert asked == [] or status == 416
+
+
+def test_names_and_offsets_are_those_that_boards_may_say() -> None:
+    assert server.MAX_OFFSET == copies.MAX_FILE_BYTES
+    assert server._FILE.pattern == cli_peer_models.PLAIN.pattern
+    assert copies.FileName.__metadata__[0].pattern == f"^{server._FILE.pattern}\\Z"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", DaemonUnreachableError),
+        (b"x\r\n\r\n", DaemonUnreachableError),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 9\r\n\r\n{", BoardError),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 1\r\n\r\n{", BoardError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", BoardError),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", BoardError),
+    ],
+)
+def test_a_daemon_that_breaks_off_leaves_no_open_connection(
+    tmp_path: Path, said: bytes, error: type[EdgemoaError]
+) -> None:
+    """What is left open, the interpreter warns of, and warnings fail a test."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.fspath(tmp_path / "s"))
+        listening.listen()
+
+        def serve() -> None:
+            for _ in range(20):
+                with listening.accept()[0] as asking:
+                    if said:
+                        asking.recv(10_000)
+                    asking.sendall(said)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = Client(tmp_path / "s", timeout_s=5)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        kept = []  # as an error that is looked at later keeps the connection
+        for _ in range(20):
+            with pytest.raises(error) as told:
+                client.get("/v1/status")
+            assert type(told.value) is error
+            kept.append(told)
+        thread.join()
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+        assert len(kept) == 20
+
+
 def test_peers_models_that_cannot_be_had(path: Path, board: ScriptedBoard) -> None:
     client = Client(path)
     with pytest.raises(OverloadedError, match="lends to others") as told:
@@ -578,7 +699,7 @@ def test_peers_models_that_cannot_be_had(path: Path, board: ScriptedBoard) -> No
     assert told.value.retry_after_s == 7
     with pytest.raises(PeerError, match="bee: that model is not there"):
         client.get(LENT.replace("ab", "00"))
-    with pytest.raises(EdgemoaError):
+    with pytest.raises(UserError, match="not a board's identity"):
         client.get(LENT.replace(BEE, BEE[:-1] + "a"))
     for wrong in (LENT[:-1], LENT + "/a/b", LENT + "/" + "x" * 129, LENT.upper()):
         with pytest.raises(UserError, match="Not Found"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import os
 import random
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,7 +136,7 @@ def boards() -> Iterator[list[Board]]:
             own = place / name
             manifest(write_tiny_model(own / "models" / "tiny"))
             if name != "b":
-                model(own / "models", "big", BIG)
+                manifest(model(own / "models", "big", BIG), source="hf:x/y; rm -rf")
             flags = (
                 f"board.name={name}", f"board.models_dir={own / 'models'}", "model.name=tiny",
                 f"net.join_secret_file={secret}", "model.threads=1",
@@ -208,6 +211,8 @@ def test_a_model_is_copied_whole(boards: list[Board]) -> None:
         copied.copied_bytes == copied.size_bytes == whole(a, "big") == a.lent() + c.lent() - before
     )
     assert same(a.library / "big", b.library / "big")
+    told = json.loads((b.library / "big" / "model.json").read_text("utf-8"))
+    assert told["source"] == f"a paired board's model {copied.model_id}"  # not what "a" says
     assert not any(path.stat().st_mode & 0o111 for path in copied.folder.iterdir())
     ModelLibrary(b.library).verify("big", silent)
     assert list((b.library / ARRIVING).iterdir()) == []
@@ -523,6 +528,88 @@ def test_a_board_that_lies(
         shutil.rmtree(folder)
         time.sleep(0.15)  # a board takes 20 connections a second from one address, all boards' here
         (a.library / "elsewhere").unlink(missing_ok=True)
+
+
+class Trickling:
+    """What a daemon says whose one paired board withholds: asked for a file, it sends ``some``
+    bytes at most, and never the last, and leaves."""
+
+    def __init__(self, place: Path, folder: Path, name: str, some: int) -> None:
+        self.asked = 0
+        told = manifest(folder)
+        data = (folder / name).read_bytes()
+        files = tuple(f for f in told.files if f.name == name)
+        told = msgspec.structs.replace(told, files=files, model_id=content_id(files))
+        offer = {"name": "lie", "model_id": told.model_id, "size_bytes": len(data)}
+        there = {"id": "x" * 56, "name": "x", "models": [offer]}
+        models = json.dumps({"models_dir": str(place), "boards": [there]}).encode()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body, length = models, 0
+                if self.path.endswith(told.model_id):
+                    body = msgspec.json.encode(told)
+                elif self.path.endswith(name):
+                    outer.asked += 1
+                    offset = int(self.headers.get("Range", "bytes=0-")[6:-1])
+                    body, length = data[offset : min(offset + some, len(data) - 1)], offset
+                    length = len(data) - offset
+                self.send_response(200)
+                self.send_header("Content-Length", str(length or len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def address_string(self) -> str:
+                return "here"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(socketserver.ThreadingUnixStreamServer):
+            daemon_threads = True
+
+        self._server = Server(str(place / "s"), Handler)
+        self.client = Client(place / "s", timeout_s=5)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def __enter__(self) -> Trickling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("some", [1, 1 << 30])
+def test_of_a_program_nothing_stays_that_could_be_loaded(tmp_path: Path, some: int) -> None:
+    """Also where its last byte never comes."""
+    folder = model(tmp_path, "lie")
+    shutil.copyfile(sys.executable, folder / "weights.bin")
+    with Trickling(tmp_path, folder, "weights.bin", some) as there:
+        with pytest.raises(ModelInvalidError, match="is a program"):
+            copy_model("lie", "", there.client, silent, root=tmp_path / "m", patience=HASTY)
+        assert there.asked == (4 if some == 1 else 1)
+        assert [p for p in tmp_path.glob("m/**/*") if p.name == "weights.bin"] == []
+        # Nor one that is there from before programs were looked for in what has not arrived.
+        part = tmp_path / "m" / ARRIVING / "lie" / "files" / "weights.bin"
+        part.write_bytes((folder / "weights.bin").read_bytes()[:-1])
+        with pytest.raises(ModelInvalidError, match="is a program"):
+            copy_model("lie", "", there.client, silent, root=tmp_path / "m", patience=HASTY)
+        assert not part.exists()
+
+
+def test_a_board_that_gives_a_byte_now_and_then_is_given_up(tmp_path: Path) -> None:
+    folder = model(tmp_path, "lie")
+    with Trickling(tmp_path, folder, "weights.bin", 1) as there:
+        began = time.monotonic()
+        with pytest.raises(NetworkError, match="went away") as told:
+            copy_model("lie", "", there.client, silent, root=tmp_path / "m", patience=HASTY)
+        assert told.value.hint == KEPT
+        assert HASTY.gone <= time.monotonic() - began < 5
+        assert there.asked > 3
 
 
 @given(data=st.one_of(

@@ -101,7 +101,7 @@ class Bed:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._boards: list[Board] = []
+        self.boards: list[Board] = []
 
     async def board(
         self,
@@ -139,7 +139,7 @@ class Bed:
             datagram_hook=hook,
         )
         board = Board(identity, store, network, heard)
-        self._boards.append(board)
+        self.boards.append(board)
         if start:
             await network.start()
         return board
@@ -152,8 +152,8 @@ class Bed:
         return a, b
 
     async def stop(self) -> None:
-        await asyncio.gather(*(b.network.stop() for b in self._boards))
-        for board in self._boards:
+        await asyncio.gather(*(b.network.stop() for b in self.boards))
+        for board in self.boards:
             await asyncio.to_thread(board.store.close)
 
 

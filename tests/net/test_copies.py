@@ -73,6 +73,9 @@ class Memory:
             raise ModelNotFoundError("that model is not there")
 
 
+ON_SHELF = Memory()
+
+
 async def two(bed: Bed, shelf: copies.Shelf | None = None) -> tuple[Board, Board]:
     """ "a", which lends, and "b", paired and linked."""
     a = await bed.board("a", shelf=shelf or Memory(), timings=HASTY)
@@ -97,9 +100,9 @@ def test_what_a_board_lends(tmp_path: Path) -> None:
             sock = there._connection.writer.get_extra_info("socket")
             assert sock.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == 0x20  # behind messages
             assert await there.manifest(ID) == b"{}"
-            for offset in (0, 1, 2_999_999, 3_000_000):  # one after another
+            for offset in (0, 1, 2_999_999, 3_000_000, 3_000_001, 2**48):  # one after another
                 length, pieces = await there.file(ID, "weights.bin", offset)
-                assert length == 3_000_000 - offset
+                assert length == max(0, 3_000_000 - offset)
                 assert b"".join([piece async for piece in pieces]) == DATA[offset:]
             for ask in (there.manifest("0" * 64), there.file("0" * 64, "weights.bin", 0)):
                 with pytest.raises(PeerError, match="a: that model is not there"):
@@ -146,6 +149,79 @@ def test_a_copy_leaves_half_of_the_event_loop_to_others(tmp_path: Path) -> None:
         assert len(await fetched(b, a.id)) == 50_000_000
         share = (time.thread_time() - worked) / (time.monotonic() - began)
         assert 0.02 < share < 0.65
+
+    run(tmp_path, test)
+
+
+def test_questions_without_end_leave_the_processor_to_others(tmp_path: Path) -> None:
+    """From all the connections that a board may have, without waiting for any answer."""
+
+    class Library(Memory):
+        """As many models as take a while to look through."""
+
+        def offers(self) -> list[Offer]:
+            until_ = time.thread_time() + 0.02
+            while time.thread_time() < until_:
+                pass
+            return super().offers()
+
+    async def test(bed: Bed) -> None:
+        async with asking(bed, Library()) as connect:
+            answers = 0
+
+            async def listen(connection: tls.Connection) -> None:
+                nonlocal answers
+                connection.writer.write(packed(type="get_models") * 1000)
+                while True:
+                    await frame(connection)
+                    answers += 1
+
+            connections = [await connect() for _ in range(MAX_CONNECTIONS_EACH)]
+            worked, began = time.process_time(), time.monotonic()
+            tasks = [asyncio.create_task(listen(connection)) for connection in connections]
+            await asyncio.sleep(1.5)
+            share = (time.process_time() - worked) / (time.monotonic() - began)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            assert answers >= 3
+            assert share < 0.7  # of one core; the other end is here, too
+
+    run(tmp_path, test)
+
+
+def test_questions_that_cost_nothing_have_a_pace_too(tmp_path: Path) -> None:
+    async def test(bed: Bed) -> None:
+        async with asking(bed, None) as connect:
+            connection = await connect()
+            worked, began = time.thread_time(), time.monotonic()
+            for _ in range(5):
+                connection.writer.write(packed(type="get_manifest", model_id=ID) * 1000)
+                answer = await frame(connection)
+                assert b"lends no models" in answer
+                await connection.reader.readexactly(999 * (wire.LENGTH_BYTES + len(answer)))
+            assert (time.thread_time() - worked) / (time.monotonic() - began) < 0.75
+
+    run(tmp_path, test)
+
+
+def test_who_reads_a_trickle_does_not_keep_others_from_a_file(tmp_path: Path) -> None:
+    async def test(bed: Bed) -> None:
+        async with asking(bed, Memory(bytes(50_000_000))) as connect:
+            connection = await connect()
+            sock = connection.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            connection.writer.write(packed(type="get_file", model_id=ID, file="w"))
+            await frame(connection)
+            a = bed.boards[0].network
+            assert a._lender._lent
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                while a._lender._lent and time.monotonic() - began < 6:
+                    assert await connection.reader.read(2000)
+                    await asyncio.sleep(0.05)  # a quarter of what is the least
+            assert not a._lender._lent
+            assert a.counters["the other board does not read"] == 1
 
     run(tmp_path, test)
 
@@ -224,10 +300,12 @@ def test_strangers_get_nothing(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def asking(bed: Bed) -> AsyncIterator[Callable[[], Awaitable[tls.Connection]]]:
+async def asking(
+    bed: Bed, shelf: copies.Shelf | None = ON_SHELF
+) -> AsyncIterator[Callable[[], Awaitable[tls.Connection]]]:
     """Connections to a board that lends, made by hand by a paired one."""
     identity = await asyncio.to_thread(load_identity, bed.folder / "friend")
-    a = await bed.board("a", trusts=(identity,), shelf=Memory(), timings=HASTY)
+    a = await bed.board("a", trusts=(identity,), shelf=shelf, timings=HASTY)
     context = tls.make_contexts(identity, [a.identity.certificate]).borrower
     opened = []
 
@@ -288,7 +366,6 @@ def test_questions_that_end_the_connection(tmp_path: Path) -> None:
                 packed(**good | {"offset": -1}),
                 packed(**good | {"offset": 2**63}),
                 packed(**good | {"offset": True}),
-                packed(**good | {"offset": 3_000_001}),
                 (100).to_bytes(4) + b"slow",
             ):
                 connection = await connect()
@@ -337,6 +414,9 @@ async def lending(
                     connection.writer.write(packet)
                 if then == "stall":
                     await asyncio.sleep(30)
+                while then == "trickle":
+                    connection.writer.write(b"x")
+                    await asyncio.sleep(0.02)
                 await connection.close()
             finally:
                 connection.abort()
@@ -435,6 +515,44 @@ def test_a_manifest_has_a_bound(tmp_path: Path, size: int) -> None:
     run(tmp_path, test)
 
 
+def test_a_file_that_comes_in_single_bytes(tmp_path: Path) -> None:
+    """Each comes in time, all together never would."""
+
+    async def test(bed: Bed) -> None:
+        words = said(Ready(), FileIs(2**48))
+        async with (
+            lending(bed, *words, then="trickle") as (b, lender),
+            b.network.borrow(lender) as there,
+        ):
+            _, pieces = await there.file(ID, "weights.bin", 0)
+            began, got = time.monotonic(), 0
+            with pytest.raises(NetworkError, match="went away in the middle"):
+                async for piece in pieces:
+                    got += len(piece)
+            assert 5 < got < 100
+            assert time.monotonic() - began < 2
+
+    run(tmp_path, test)
+
+
+def test_who_takes_long_to_read_a_file_is_not_the_lenders_fault(tmp_path: Path) -> None:
+    async def test(bed: Bed) -> None:
+        words = said(Ready(), FileIs(60))
+        async with (
+            lending(bed, *words, then="trickle") as (b, lender),
+            b.network.borrow(lender) as there,
+        ):
+            _, pieces = await there.file(ID, "weights.bin", 0)
+            began, data = time.monotonic(), b""
+            async for piece in pieces:
+                await asyncio.sleep(0.2)
+                data += piece
+            assert data == b"x" * 60
+            assert time.monotonic() - began > 2 * HASTY.write
+
+    run(tmp_path, test)
+
+
 @pytest.mark.parametrize("then", ["close", "stall"])
 def test_a_file_that_does_not_come_to_its_end(tmp_path: Path, then: str) -> None:
     async def test(bed: Bed) -> None:
@@ -497,6 +615,50 @@ def test_a_file_cut_short_under_way(tmp_path: Path) -> None:
         assert await fetched(b, a.id) == DATA
 
     run(tmp_path, test)
+
+
+def test_two_types_are_refused_whichever_comes_last() -> None:
+    for first, last in (("get_models", "get_file"), ("get_file", "get_models")):
+        pairs = b"".join(msgspec.msgpack.encode(x) for x in ("type", first, "type", last))
+        with pytest.raises(ProtocolError, match="not a valid question"):
+            envelope.decode(copies._asks, b"\x82" + pairs, "question")
+
+
+@pytest.mark.parametrize("who", ["accepts", "dials"])
+def test_who_is_cancelled_as_a_handshake_ends_closes_what_the_loop_watches(
+    tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the loop takes the next connection, under the same descriptor, for this one."""
+    identity = load_identity(tmp_path)
+    contexts = tls.make_contexts(identity, [identity.certificate])
+    made = asyncio.StreamReaderProtocol.connection_made
+
+    async def test() -> None:
+        loop: Any = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.setblocking(False)
+            dialling = asyncio.create_task(tls.dial(listening.getsockname(), contexts.stranger, 3))
+            sock, _ = await loop.sock_accept(listening)
+            accepting = asyncio.create_task(tls.accept(sock, contexts.server, 3))
+            cancelled, other = (accepting, dialling) if who == "accepts" else (dialling, accepting)
+            descriptors = []
+
+            def made_(self: asyncio.StreamReaderProtocol, transport: Any) -> None:
+                made(self, transport)
+                if transport.get_extra_info("ssl_object").server_side == (who == "accepts"):
+                    descriptors.append(transport.get_extra_info("socket").fileno())
+                    cancelled.cancel()
+
+            monkeypatch.setattr(asyncio.StreamReaderProtocol, "connection_made", made_)
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            assert descriptors[0] not in loop._selector.get_map()
+            connection = await other
+            assert await closed(connection, 0.3)
+            connection.abort()
+            await asyncio.sleep(0)
+
+    asyncio.run(test())
 
 
 def test_every_question_has_an_answer() -> None:
