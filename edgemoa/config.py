@@ -56,6 +56,17 @@ class Model(Section, frozen=True):
     threads: Annotated[
         int, Meta(ge=0, le=256, description="threads for the model; 0 means every core")
     ] = 0
+    backend: Annotated[
+        Literal["auto", "slots", "genai"],
+        Meta(
+            description="what runs the model: slots (many jobs at a time, imported models only),"
+            " genai (one at a time, any model); auto: slots where it can"
+        ),
+    ] = "auto"
+    slots: Annotated[
+        int, Meta(ge=0, le=32, description="jobs at a time, of slots; 0 means what memory allows")
+    ] = 0
+    end_loops: Annotated[bool, Meta(description="end a text that only repeats itself")] = True
 
 
 class Moa(Section, frozen=True):

@@ -133,7 +133,15 @@ class Daemon:
             shelf=LibraryShelf(self._library),
         )
         threads = config.model.threads or os.cpu_count() or 1
-        self._engine = Engine(model_dir, config.model.name, threads, self)
+        self._engine = Engine(
+            model_dir,
+            config.model.name,
+            threads,
+            self,
+            backend=config.model.backend,
+            slots=config.model.slots,
+            ends_loops=config.model.end_loops,
+        )
         settings = NodeSettings(
             name=name,
             boot=boot,

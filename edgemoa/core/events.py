@@ -12,7 +12,8 @@ import msgspec
 from edgemoa.core.messages import BoardId, ChatMessage, Message, Sampling
 
 JobKind: TypeAlias = Literal["proposal", "aggregation"]
-Finish: TypeAlias = Literal["stop", "length"]
+Finish: TypeAlias = Literal["stop", "length", "loop"]
+"""Why a text ended: the model or a stop string, its limit, or because it only repeated itself."""
 
 
 # --- inputs
@@ -47,6 +48,7 @@ class WorkDone(msgspec.Struct, frozen=True):
     tokens: int
     prefill_ms: int
     decode_ms: int
+    cached_tokens: int = 0  # of the prompt, that the model had read before
 
     @property
     def work_ms(self) -> int:
@@ -180,7 +182,7 @@ class Answered(msgspec.Struct, frozen=True, tag="answered"):
     """The end: the whole answer and how it came about."""
 
     text: str
-    finish: Literal["stop", "length", "deadline"]
+    finish: Literal["stop", "length", "loop", "deadline"]
     granted: Granted
     proposals: tuple[ProposalRecord, ...]
     left_out: tuple[LeftOut, ...]

@@ -110,7 +110,7 @@ class Proposal(msgspec.Struct, frozen=True, tag="proposal"):
     tokens: Count
     queue_ms: Millis
     work_ms: Millis
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "loop"]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -64,7 +64,7 @@ class Draft:
         That is so for the owner's draft, which is greedy, where the user asked for greedy, too,
         and neither stop strings nor the length would have cut it elsewhere.
         """
-        ended = self.finish == "stop" and self.tokens <= sampling.max_tokens
+        ended = self.finish in ("stop", "loop") and self.tokens <= sampling.max_tokens
         return (
             self.own
             and sampling.temperature == 0

@@ -14,7 +14,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage
@@ -59,7 +59,9 @@ class Engine:
     """One model process at a time.
 
     ``pid`` is the process's, None while there is none. ``restarts`` counts the processes after the
-    first. ``hang_s``, ``load_s`` and ``settled_s`` replace the constants above.
+    first. ``backend``, ``slots`` and ``ends_loops`` are the settings of the same names (see
+    :class:`edgemoa.config.Model`). ``hang_s``, ``load_s`` and ``settled_s`` replace the constants
+    above.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class Engine:
         threads: int,
         events: EngineEvents,
         *,
+        backend: Literal["auto", "slots", "genai"] = "auto",
+        slots: int = 0,
+        ends_loops: bool = True,
         hang_s: float = HANG_S,
         load_s: float = LOAD_S,
         settled_s: float = SETTLED_S,
@@ -77,8 +82,10 @@ class Engine:
         self.restarts = 0
         self._model_dir = model_dir
         self._model_name = model_name
-        self._threads = threads
         self._events = events
+        self._options = ["--threads", str(threads), "--backend", backend, "--slots", str(slots)]
+        if not ends_loops:
+            self._options.append("--keep-loops")
         self._hang_s = hang_s
         self._load_s = load_s
         self._settled_s = settled_s
@@ -183,7 +190,7 @@ class Engine:
             "-P",  # nothing from whatever folder the daemon was started in
             *("-m", "edgemoa.engine.worker"),
             str(self._model_dir.absolute()),
-            *("--threads", str(self._threads)),
+            *self._options,
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
@@ -293,8 +300,13 @@ class Engine:
     def _handle(self, event: frames.Event) -> None:
         self._quiet_s = 0.0
         match event:
-            case frames.Ready(context_tokens, slots, load_ms):
-                log.info("model loaded in %d ms, context of %d tokens", load_ms, context_tokens)
+            case frames.Ready(context_tokens, slots, load_ms, backend, note):
+                log.info(
+                    "model loaded in %d ms by back end %s, %d jobs at a time, context of %d tokens",
+                    load_ms, backend, slots, context_tokens,
+                )  # fmt: skip
+                if note:
+                    log.info("%s", note)
                 self._ready_at = asyncio.get_running_loop().time()
                 self._events.on_ready(EngineInfo(self._model_name, context_tokens, slots))
             case frames.Broken(reason):

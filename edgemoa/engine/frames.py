@@ -57,6 +57,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     context_tokens: int
     slots: int
     load_ms: int
+    backend: str = ""
+    note: str = ""  # why it is not the back end that was wished for
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):

@@ -1,9 +1,15 @@
-"""From tokens to text that may be shown: whole characters, nothing of a stop string."""
+"""From tokens to text that may be shown: whole characters, nothing of a stop string, no loops."""
 
 from __future__ import annotations
 
 import codecs
-from typing import Protocol
+from typing import Final, Protocol
+
+import numpy as np
+
+LONGEST_PERIOD: Final = 80  # tokens: a sentence or two, a row of a table
+LEAST_COPIES: Final = 4
+LEAST_LOOP: Final = 64  # tokens; rulers, tables and refrains of natural texts are shorter
 
 
 class Pieces(Protocol):
@@ -72,3 +78,26 @@ class StopText:
 
     def _might_stop(self, end: str) -> bool:
         return any(stop.startswith(end) for stop in self._stops)
+
+
+class Loop:
+    """Notices a text that goes round and round, as small models' greedy texts do.
+
+    It does when its last tokens are :data:`LEAST_COPIES` exact copies or more of one period of
+    :data:`LONGEST_PERIOD` tokens at most, :data:`LEAST_LOOP` tokens or more altogether.
+    """
+
+    def __init__(self) -> None:
+        self._periods = np.arange(1, LONGEST_PERIOD + 1)
+        self._recent = np.full(LONGEST_PERIOD, -1)  # the last token first
+        self._matched = np.zeros(LONGEST_PERIOD, np.int64)  # tokens like the one a period before
+        # The first period has nothing to be like, and counts all the same.
+        self._enough = np.maximum(LEAST_COPIES * self._periods, LEAST_LOOP) - self._periods
+
+    def push(self, token: int) -> bool:
+        """Whether ``token`` completes a loop."""
+        self._matched += 1
+        self._matched[self._recent != token] = 0
+        self._recent[1:] = self._recent[:-1]
+        self._recent[0] = token
+        return bool((self._matched >= self._enough).any())

@@ -1,4 +1,4 @@
-"""The model process: ``python -m edgemoa.engine.worker MODEL_DIR --threads N``.
+"""The model process: ``python -m edgemoa.engine.worker MODEL_DIR --threads N ...``.
 
 Reads :data:`~edgemoa.engine.frames.Op` from stdin and writes :data:`~edgemoa.engine.frames.Event`
 to stdout. It has one thread, which looks for new frames between two steps of the model: a second
@@ -38,6 +38,9 @@ class Backend(Protocol):
     """A loaded model that works on up to ``slots`` jobs at a time, a step at a time."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def context_tokens(self) -> int: ...
 
     @property
@@ -46,14 +49,15 @@ class Backend(Protocol):
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
         """The conversation's tokens, chat template included; raises :class:`EdgemoaError`."""
 
-    def admit(self, job: frames.Generate) -> None:
-        """Take a job into a free slot; raises :class:`EdgemoaError` where it cannot be done."""
+    def admit(self, job: frames.Generate) -> bool:
+        """Take a job into a free slot; False where memory for it is there only when another job
+        has ended. Raises :class:`EdgemoaError` where it cannot be done at all."""
 
     def drop(self, job_id: int) -> None:
         """Free the slot of an admitted job."""
 
     def step(self) -> list[frames.Event]:
-        """Bring every admitted job forward by one run of the model, of :data:`STEP_GOAL_MS` or so.
+        """Bring admitted jobs forward by a run of the model or two, of ``STEP_GOAL_MS`` or so.
 
         A job's ``Done`` or ``Failed`` frees its slot.
         """
@@ -96,6 +100,7 @@ class Worker:
         self._pipe = pipe
         self._waiting: deque[frames.Generate] = deque()
         self._running: set[int] = set()
+        self._full = False  # the first that waits has to wait until another ends
         self._said_at = 0.0
 
     def serve(self) -> None:
@@ -104,8 +109,8 @@ class Worker:
             idle = not self._waiting and not self._running
             for op in self._pipe.receive(wait=idle):
                 self._handle(op)
-            while self._waiting and len(self._running) < self._backend.slots:
-                self._admit(self._waiting.popleft())
+            while self._waiting and len(self._running) < self._backend.slots and not self._full:
+                self._admit(self._waiting[0])
             if self._running:
                 self._report(self._backend.step())
 
@@ -115,6 +120,7 @@ class Worker:
                 self._waiting.append(op)
             case frames.Cancel(job_id):
                 self._waiting = deque(job for job in self._waiting if job.job_id != job_id)
+                self._full = False
                 if job_id in self._running:
                     self._running.discard(job_id)
                     self._backend.drop(job_id)
@@ -127,13 +133,16 @@ class Worker:
 
     def _admit(self, job: frames.Generate) -> None:
         try:
-            self._backend.admit(job)
+            if not self._backend.admit(job):
+                self._full = True
+                return
         except PromptTooLongError as error:
             self._refuse(job, WorkFailed(str(error), "context"))
         except EdgemoaError as error:
             self._refuse(job, WorkFailed(str(error)))
         else:
             self._running.add(job.job_id)
+        self._waiting.popleft()
 
     def _refuse(self, job: frames.Generate, failure: WorkFailed) -> None:
         self._pipe.send([frames.Failed(job.job_id, failure)])
@@ -142,6 +151,7 @@ class Worker:
         for event in events:
             if isinstance(event, frames.Done | frames.Failed):
                 self._running.discard(event.job_id)
+                self._full = False
         now = time.monotonic()
         if not events and now - self._said_at >= PROGRESS_S:
             events = [frames.Progress()]
@@ -155,15 +165,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgemoa.engine.worker")
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--threads", type=int, required=True, help="of the model's computation")
+    parser.add_argument("--backend", choices=("auto", "slots", "genai"), default="auto")
+    parser.add_argument(
+        "--slots", type=int, default=0, help="jobs at a time; 0: what memory allows"
+    )
+    parser.add_argument("--keep-loops", action="store_true", help="let texts go round and round")
     arguments = parser.parse_args()
     _settle()
     pipe = _take_pipe()
     status = 0
     try:
         started = time.perf_counter()
-        backend = _load(arguments.model_dir, arguments.threads)
+        backend, note = _load(arguments)
         load_ms = round((time.perf_counter() - started) * 1000)
-        pipe.send([frames.Ready(backend.context_tokens, backend.slots, load_ms)])
+        ready = frames.Ready(
+            backend.context_tokens, backend.slots, load_ms, backend.name, _bounded(note)
+        )
+        pipe.send([ready])
         Worker(backend, pipe).serve()
     except (EOFError, BrokenPipeError):
         pass  # the daemon is gone, and nobody is left to tell
@@ -176,15 +194,30 @@ def main() -> None:
     os._exit(status)
 
 
-def _load(model_dir: Path, threads: int) -> Backend:
+def _load(asked: argparse.Namespace) -> tuple[Backend, str]:
+    """The back end, and why it is not ``slots`` where that would have been taken."""
+    folder, threads, ends_loops = asked.model_dir, asked.threads, not asked.keep_loops
+    note = ""
+    # Each is heavy, its failure is to be reported, and one of them is enough.
     try:
-        from edgemoa.engine import genai  # noqa: PLC0415 - heavy, and its failure is to be reported
+        if asked.backend != "genai":
+            from edgemoa.engine import slots  # noqa: PLC0415
+
+            try:
+                return slots.load(folder, threads, asked.slots, ends_loops=ends_loops), note
+            except slots.UnsuitedError as error:
+                note = f"The slots back end does not run this model: {error}."
+                if asked.backend == "slots":
+                    hint = 'Import the model with edgemoa, or set model.backend to "auto".'
+                    raise EngineError(note, hint=hint) from error
+        from edgemoa.engine import genai  # noqa: PLC0415
+
+        return genai.load(folder, threads, ends_loops=ends_loops), note
     except ImportError as error:
         raise EngineError(
             f"The model runtime cannot be imported: {error}.",
             hint="Install edgemoa again, with its dependencies.",
         ) from error
-    return genai.load(model_dir, threads)
 
 
 def _settle() -> None:

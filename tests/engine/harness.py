@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
@@ -95,12 +96,17 @@ async def running(
     load_s: float = 60.0,
     settled_s: float = 60.0,
     load: bool = True,
+    backend: Literal["auto", "slots", "genai"] = "auto",
+    slots: int = 0,
+    ends_loops: bool = True,
 ) -> AsyncIterator[tuple[Engine, Recorder]]:
     """An engine, ready unless ``load`` is false; none of its processes is there afterwards."""
     events = Recorder()
     engine = Engine(
-        model_dir, "model", threads, events, hang_s=hang_s, load_s=load_s, settled_s=settled_s
-    )
+        model_dir, "model", threads, events,
+        backend=backend, slots=slots, ends_loops=ends_loops,
+        hang_s=hang_s, load_s=load_s, settled_s=settled_s,
+    )  # fmt: skip
     await engine.start()
     try:
         if load:

@@ -114,6 +114,42 @@ def test_a_text_ends_at_its_limits(tiny: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_text_that_goes_round_and_round_is_ended(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            engine.work(job(1, "x", max_tokens=LONG))
+            result = await events.ends(1)
+            assert (result.text, result.finish, result.tokens) == ("x" * 64, "loop", 64)
+            engine.work(job(2, "x", max_tokens=64))
+            assert (await events.ends(2)).finish == "loop"
+            engine.work(job(3, "x", max_tokens=63))
+            assert (await events.ends(3)).finish == "length"
+        async with running(tiny, ends_loops=False) as (engine, events):
+            engine.work(job(1, "x", max_tokens=1000))
+            result = await events.ends(1)
+            assert (result.finish, result.tokens) == ("length", 1000)
+
+    asyncio.run(scenario())
+
+
+def test_a_graph_of_another_kind_is_run_by_genai_or_refused(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario() -> None:
+        async with running(tiny) as (_, events):
+            assert events.ready[0].slots == 1
+        assert "by back end genai" in caplog.text
+        assert "cannot stay in one place" in caplog.text
+        async with running(tiny, backend="slots", load=False) as (_, events):
+            reason = await events.loses()
+            assert "cannot stay in one place" in reason
+            assert "model.backend" in reason
+
+    asyncio.run(scenario())
+
+
 def test_stop_strings_special_tokens_and_bytes_that_are_no_character(tiny: Path) -> None:
     async def scenario() -> None:
         async with running(tiny) as (engine, events):
@@ -151,7 +187,7 @@ def test_a_seed_means_the_same_text(tiny: Path) -> None:
 def test_jobs_beyond_the_slots_wait_in_order_and_can_be_cancelled(tiny: Path) -> None:
     async def scenario() -> None:
         async with running(tiny) as (engine, events):
-            engine.work(job(1, "x", max_tokens=LONG))
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
             for each in (2, 3, 4):
                 engine.work(job(each, "go>"))
             await events.writes(1)
@@ -174,7 +210,7 @@ def test_jobs_beyond_the_slots_wait_in_order_and_can_be_cancelled(tiny: Path) ->
 def test_measuring_does_not_wait_for_a_job(tiny: Path) -> None:
     async def scenario() -> None:
         async with running(tiny) as (engine, events):
-            engine.work(job(1, "x", max_tokens=LONG))
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
             await events.writes(1)
             counts = await asyncio.gather(
                 *(engine.measure(conversation("a" * n)) for n in range(20))
@@ -199,7 +235,7 @@ def test_a_question_asked_while_the_model_loads_is_answered(tiny: Path) -> None:
 def test_a_process_that_is_killed_is_replaced(tiny: Path) -> None:
     async def scenario() -> None:
         async with running(tiny) as (engine, events):
-            engine.work(job(1, "x", max_tokens=LONG))
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
             engine.work(job(2, "go>"))
             await events.writes(1)
             os.kill(pid_of(engine), signal.SIGKILL)
@@ -254,12 +290,12 @@ def test_a_process_that_hangs_is_replaced(tiny: Path) -> None:
             assert not events.lost
             os.kill(pid_of(engine), signal.SIGSTOP)
             started = time.monotonic()
-            engine.work(job(1, "x", max_tokens=LONG))
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
             assert "said nothing" in await events.loses()
             assert 1.2 < time.monotonic() - started < 5
             await events.loads(2)
             # A long job that goes on is no hang, streamed or not.
-            engine.work(job(2, "x", max_tokens=LONG, stream=False))
+            engine.work(job(2, "9", temperature=1.0, max_tokens=LONG, stream=False))
             assert (await events.ends(2)).tokens == LONG
             assert len(events.lost) == 1
 
@@ -386,7 +422,7 @@ def test_the_daemon_killed_takes_the_model_process_along(tiny: Path) -> None:
         "from engine.harness import job, running\n"
         "async def main():\n"
         "    async with running(Path(sys.argv[1])) as (engine, events):\n"
-        f"        engine.work(job(1, 'x', max_tokens={LONG}))\n"
+        f"        engine.work(job(1, '9', temperature=1.0, max_tokens={LONG}))\n"
         "        await events.writes(1)\n"
         "        print(engine.pid, flush=True)\n"
         "        await asyncio.sleep(60)\n"
@@ -417,7 +453,7 @@ def test_the_model_process_ends_with_its_stdin_in_the_middle_of_a_job(tiny: Path
         assert worker.stdout is not None
         reader = frames.event_reader()
         assert isinstance(reader.feed(os.read(worker.stdout.fileno(), 65536))[0], frames.Ready)
-        long = job(1, "x", max_tokens=LONG, stream=False)
+        long = job(1, "9", temperature=1.0, max_tokens=LONG, stream=False)
         worker.stdin.write(
             frames.encode(frames.Generate(1, long.messages, long.sampling, long.stream))
         )

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from edgemoa.core.messages import Sampling
 from edgemoa.engine.sampling import Sampler
-from edgemoa.engine.text import Detokenizer, StopText
+from edgemoa.engine.text import (
+    LEAST_COPIES,
+    LEAST_LOOP,
+    LONGEST_PERIOD,
+    Detokenizer,
+    Loop,
+    StopText,
+)
 from edgemoa.errors import EngineError
 
 
@@ -48,7 +55,10 @@ def test_text_comes_back_whole_and_only_in_whole_characters(text: str) -> None:
 @given(st.binary(max_size=12))
 def test_a_stream_is_what_the_whole_is(data: bytes) -> None:
     whole = data.decode(errors="replace")
-    assert "".join(detokenize(data)) in (whole, whole.removesuffix("\ufffd"))
+    shown = "".join(detokenize(data))
+    assert whole.startswith(shown)
+    assert not whole.removeprefix(shown).strip("\ufffd")  # but for what is cut off at the end
+    assert len(whole) - len(shown) <= 3
 
 
 @given(st.text(), st.binary(max_size=6), st.text(st.characters(exclude_characters="\ufffd")))
@@ -104,6 +114,44 @@ def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string() -> None:
         "a", "", "\n\nb", "", "",
     ]  # fmt: skip
     assert stop.finish() == "\n\nUser"
+
+
+def loops(tokens: list[int]) -> bool:
+    """What :class:`Loop` says of the last token, by its definition."""
+    for period in range(1, LONGEST_PERIOD + 1):
+        length = max(LEAST_COPIES * period, LEAST_LOOP)
+        end = tokens[-length:]
+        if len(end) == length and end[period:] == end[:-period]:
+            return True
+    return False
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=90),
+    st.lists(st.integers(0, 3), min_size=1, max_size=90),
+    st.integers(1, 70),
+    st.none() | st.integers(0, 300),
+)
+def test_a_loop_is_copies_of_one_period(
+    before: list[int], period: list[int], copies: int, broken_at: int | None
+) -> None:
+    tokens = before + (period * copies)[:400]
+    if broken_at is not None and broken_at < len(tokens):
+        tokens[broken_at] += 4
+    loop = Loop()
+    for end, token in enumerate(tokens, 1):
+        assert loop.push(token) == loops(tokens[:end])
+
+
+def test_what_is_no_loop_goes_on() -> None:
+    for tokens in (
+        [*range(100)] * 9,  # too long a period
+        [*range(80)] * 3 + [*range(79)],  # not four copies yet
+        [7] * 63,
+        [*[7] * 63, 8] * 3 + [7] * 63,  # 64 tokens, not four times
+    ):
+        loop = Loop()
+        assert not any(map(loop.push, tokens))
 
 
 def logits(*shares: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -70,7 +70,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "tokens": COUNT,
         "queue_ms": MILLIS,
         "work_ms": MILLIS,
-        "finish": ("stop", "length"),
+        "finish": ("stop", "length", "loop"),
     },
     "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
 }
