@@ -177,7 +177,7 @@ def _tokens(folder: str, gguf: str) -> dict[str, Any]:
             {"text": text, "ids": theirs.tokenize(text.encode(), add_bos=False, special=True)}
             for text in texts
         ]
-    wrong = sum(tokens.encode(v["text"]) != v["ids"] for v in vectors)
+    wrong = sum(tokens.encode_prompt(v["text"]) != v["ids"] for v in vectors)
     return {"wrong": wrong, "texts": len(vectors), "against": against}
 
 

@@ -181,7 +181,8 @@ class Ours:
         from edgemoa.text.tokens import load_tokens  # noqa: PLC0415
 
         tokens = load_tokens(self._folder)
-        return [tokens.encode(text) for text in texts]
+        start = len(tokens.encode_prompt(""))  # what every prompt begins with
+        return [tokens.encode_prompt(text)[start:] for text in texts]
 
 
 # --- small models of every architecture
