@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,16 +245,11 @@ class _Source:
         layer_ropes: tuple[str, ...] = (),
         windows: tuple[int, ...] = (),
         context: int = 0,
-        paired_rows: bool = False,
-        fused: bool = False,
-        qkv_bias: bool = False,
-        head_norms: bool = False,
-        post_norms: bool = False,
-        gelu: bool = False,
-        embedding_scale: float = 1.0,
-        attention_scale: float = 0.0,
+        **features: Any,
     ) -> Architecture:
-        """Those that all have, and what is said. A rope or window for all layers need not be."""
+        """What all have, and the ``features`` of this one. A rope or window for all layers need
+        not be said.
+        """
         return Architecture(
             name=self.name,
             layers=self.layers,
@@ -271,14 +266,7 @@ class _Source:
             layer_ropes=layer_ropes or (next(iter(ropes)),) * self.layers,
             windows=windows or (0,) * self.layers,
             rotary=self.rotary,
-            paired_rows=paired_rows,
-            fused=fused,
-            qkv_bias=qkv_bias,
-            head_norms=head_norms,
-            post_norms=post_norms,
-            gelu=gelu,
-            embedding_scale=embedding_scale,
-            attention_scale=attention_scale,
+            **features,
         )
 
     def whole_rope(self) -> None:

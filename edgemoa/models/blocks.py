@@ -27,9 +27,9 @@ float16 of the superblock and 6 bits of the block. All four are kept as they are
 the graph multiplies them when it is loaded.
 
 Q6_K has a scale for each 16 weights. The kernel for blocks of 16 takes three times as long as that
-for 32, so these weights are fitted into 8 bits with one scale in 32: the rounding adds a fifteenth
-to the variance of Q6_K's own. Weights that are stored as floats are fitted the same way: exact
-floats cost 2 to 4 times the memory and 10 times the time for no difference that perplexity shows.
+for 32, so these weights are fitted into 8 bits with one scale in 32, a finer grid than Q6_K's own.
+Weights that are stored as floats are fitted the same way: as float32, SmolLM2-135M takes 5 times
+the memory and decodes a third as fast (47 against 130 tokens/s); perplexity is within 1 %.
 """
 
 from __future__ import annotations
