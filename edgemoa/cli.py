@@ -117,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(devices)
 
+    from edgemoa import cli_bench, cli_model
+
+    bench = _command(commands, "bench", _bench, "measure how fast this board runs its model")
+    cli_bench.add_arguments(bench)
+    _config_options(bench)
+
     secret = _command(
         commands, "join-secret", _join_secret, "make a secret; boards that hold it pair themselves"
     )
@@ -127,8 +133,6 @@ def _parser() -> argparse.ArgumentParser:
 
     sim = _command(commands, "sim", _sim, "simulate a group of boards on a virtual clock")
     _sim_options(sim)
-
-    from edgemoa import cli_model
 
     cli_model.add_parser(commands)
     return parser
@@ -297,6 +301,13 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"model    {engine}, {status['engine']['restarts']} restarts")
     if status["engine"]["trouble"]:
         print(f"         {status['engine']['trouble']}")
+    if status["engine"]["note"]:
+        print(f"         {status['engine']['note']}")
+    if status["backend"]:
+        print(
+            f"engine   {status['backend']}, {status['slots']} jobs at a time, "
+            f"{status['threads']} threads, room for {status['budget_tokens']} tokens"
+        )
     print(
         f"queue    {status['running']} running, {status['waiting']} waiting, "
         f"{show.seconds(status['expected_wait_ms'])} expected wait"
@@ -306,7 +317,10 @@ def _status(arguments: argparse.Namespace) -> int:
         f"{status['peer_jobs']} of {status['peer_jobs_cap']} peers' jobs"
     )
     for kind, milliseconds in status["service_ms"].items():
-        print(f"average  {show.seconds(milliseconds)} for a {kind}")
+        print(f"average  {show.seconds(milliseconds)} of the model's time for a {kind}")
+    if speed := show.speed(status["rates"]):
+        print("speed    tokens a second, by context and jobs at a time")
+        print("\n".join(f"         {line}" for line in speed.splitlines()))
     peers = status["peers"]
     print(f"peers    {sum(p['accepting'] for p in peers)} of {len(peers)} at hand")
     for peer in peers:
@@ -340,6 +354,16 @@ def _devices(arguments: argparse.Namespace) -> int:
     ]
     print(show.table(rows))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_bench
+
+    if arguments.model:
+        arguments.settings.append(f"model.name={arguments.model}")
+    config = _load(arguments)
+    library = _library(config)
+    return cli_bench.run(arguments, _with_model(config, library), library)
 
 
 def _join_secret(_: argparse.Namespace) -> int:

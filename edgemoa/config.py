@@ -54,7 +54,13 @@ class Model(Section, frozen=True):
         ),
     ] = ""
     threads: Annotated[
-        int, Meta(ge=0, le=256, description="threads for the model; 0 means every core")
+        int,
+        Meta(
+            ge=0,
+            le=256,
+            description="threads for the model; 0 means what `edgemoa bench --tune` found, or the"
+            " first start",
+        ),
     ] = 0
     backend: Annotated[
         Literal["auto", "slots", "genai"],
@@ -64,8 +70,30 @@ class Model(Section, frozen=True):
         ),
     ] = "auto"
     slots: Annotated[
-        int, Meta(ge=0, le=32, description="jobs at a time, of slots; 0 means what memory allows")
+        int,
+        Meta(
+            ge=0,
+            le=32,
+            description="jobs at a time, of slots; 0 means what was found along with the threads,"
+            " where memory allows it",
+        ),
     ] = 0
+    memory_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 20,
+            description="for keys and values, of slots; 0 means half of what is available when the"
+            " model is loaded",
+        ),
+    ] = 0
+    provider: Annotated[
+        Literal["cpu", "cuda", "migraphx", "nvtensorrtrtx", "openvino", "qnn", "webgpu"],
+        Meta(
+            description="what computes; any other than cpu is for genai and builds of"
+            " onnxruntime-genai that have it, and the CPU stands in where it cannot be used"
+        ),
+    ] = "cpu"
     end_loops: Annotated[bool, Meta(description="end a text that only repeats itself")] = True
 
 

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random, SystemRandom
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import msgspec
 
@@ -32,6 +32,7 @@ from edgemoa.core.events import (
     Effect,
     EngineInfo,
     Failed,
+    ReadAhead,
     Request,
     RequestEvent,
     Send,
@@ -39,16 +40,20 @@ from edgemoa.core.events import (
     StopWork,
     Tell,
     Text,
+    TokenLogprob,
     WorkDone,
     WorkFailed,
 )
 from edgemoa.core.messages import BoardId, ChatMessage, Message
 from edgemoa.core.moa import Synthesis
 from edgemoa.core.node import Node, NodeSettings
+from edgemoa.core.rates import Rates
 from edgemoa.core.status import snapshot
+from edgemoa.engine import tuning
 from edgemoa.engine.engine import Engine
+from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import ConfigError, EdgemoaError
-from edgemoa.models.library import ModelLibrary
+from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.net.identity import load_identity
 from edgemoa.net.network import Device, Network
 from edgemoa.net.pairing import JoinSecret, parse_join_secret
@@ -57,6 +62,7 @@ from edgemoa.store import Store
 
 log = logging.getLogger(__name__)
 
+FIRST_TUNING_S: Final = 8.0  # that the first start with a model may take longer, or so
 STOP_GRACE_S: Final = 20.0  # to finish what runs, after SIGTERM
 PEER_MODELS_S: Final = 8.0  # for a paired board to say what it lends
 ASKED_AT_A_TIME: Final = 16
@@ -84,6 +90,7 @@ class Daemon:
         self._timer_ms = 0
         self._lag_ms_max = 0.0
         self._probing = False
+        self._board: tuning.Board
         self._engine_trouble = ""  # why there is no model process, while there is none
         self._node: Node
         self._network: Network
@@ -132,14 +139,18 @@ class Daemon:
             join_secret=join_secret,
             shelf=LibraryShelf(self._library),
         )
-        threads = config.model.threads or os.cpu_count() or 1
+        tuned = await asyncio.to_thread(self._tuned, model_dir)
         self._engine = Engine(
             model_dir,
             config.model.name,
-            threads,
+            config.model.threads or (tuned.threads if tuned else tuning.cores()),
             self,
             backend=config.model.backend,
+            provider=config.model.provider,
             slots=config.model.slots,
+            most_slots=tuned.slots if tuned else 0,
+            memory_mb=config.model.memory_mb,
+            tune_s=0.0 if tuned or config.model.threads else FIRST_TUNING_S,
             ends_loops=config.model.end_loops,
         )
         settings = NodeSettings(
@@ -167,6 +178,20 @@ class Daemon:
         if self._stop_at_eof:
             await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
 
+    def _tuned(self, model_dir: Path) -> Tuning | None:
+        """What was found before of how this board runs the model best. Blocks on the disk."""
+        model = self._config.model
+        model_id = read_manifest(model_dir).model_id
+        self._board = tuning.this_board(model_id, model.backend, model.provider)
+        return tuning.kept(self._config.state_dir(), self._board)
+
+    def _keep_tuning(self, found: Tuning) -> None:
+        """Keep it for the next start. Blocks on the disk."""
+        try:
+            tuning.keep(self._config.state_dir(), self._board, found)
+        except EdgemoaError as error:
+            log.warning("what was measured is not kept", extra={"reason": str(error)})
+
     # --- the node and its effects
 
     def _now_ms(self) -> int:
@@ -191,6 +216,8 @@ class Daemon:
                 case StartWork(job=job):
                     self._engine.work(job)
                     self._probe_lag()
+                case ReadAhead(request_id=request_id, messages=messages):
+                    self._engine.read_ahead(request_id, messages)
                 case StopWork(job_id=job_id):
                     self._engine.cancel(job_id)
                 case Tell(request_id=request_id, event=event):
@@ -238,6 +265,12 @@ class Daemon:
     def on_ready(self, info: EngineInfo) -> None:
         """The model takes work."""
         self._engine_trouble = ""
+        if (found := self._engine.tuning) is not None:
+            log.info("tuned", extra={"threads": found.threads, "slots": found.slots})
+            if found.is_trusted:
+                asyncio.get_running_loop().run_in_executor(None, self._keep_tuning, found)
+            else:
+                log.warning("the board was busy; it will be tuned again at the next start")
         self._tell(lambda now: self._node.engine_is_ready(info, now))
 
     def on_lost(self, reason: str) -> None:
@@ -245,9 +278,9 @@ class Daemon:
         self._engine_trouble = reason
         self._tell(self._node.engine_is_lost)
 
-    def on_text(self, job_id: int, text: str) -> None:
+    def on_text(self, job_id: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """A piece of an answer."""
-        self._tell(lambda now: self._node.wrote(job_id, text, now))
+        self._tell(lambda now: self._node.wrote(job_id, text, now, logprobs))
 
     def on_done(self, job_id: int, result: WorkDone) -> None:
         """A job is finished."""
@@ -258,6 +291,10 @@ class Daemon:
         """A job could not be done."""
         log.warning("job failed", extra={"reason": failure.reason})
         self._tell(lambda now: self._node.failed(job_id, failure, now))
+
+    def on_rates(self, rates: Rates) -> None:
+        """How fast the model is here."""
+        self._node.measured(rates)
 
     # --- what the API asks
 
@@ -275,6 +312,10 @@ class Daemon:
         """See :class:`edgemoa.api.server.Service`."""
         await self._engine_started.wait()  # the API listens a moment earlier
         return await self._engine.measure(messages)
+
+    async def check_schema(self, schema: str) -> None:
+        """See :class:`edgemoa.api.server.Service`."""
+        await self._engine.check_schema(schema)
 
     def refusal(self) -> Failed | None:
         """See :class:`edgemoa.api.server.Service`."""
@@ -306,6 +347,7 @@ class Daemon:
             "pid": self._engine.pid,
             "restarts": self._engine.restarts,
             "trouble": self._engine_trouble,
+            "note": self._engine.note,
         }
         status["pid"] = os.getpid()
         status["port"] = self._network.port
@@ -430,7 +472,7 @@ class Daemon:
 
 class _Mailbox:
     """What a waiting client has not heard yet. Text is joined, so that a slow reader costs no
-    more memory than the answer itself."""
+    more memory than the answer itself, and its logprobs where it asked for some."""
 
     def __init__(self) -> None:
         self._events: deque[RequestEvent] = deque()
@@ -438,7 +480,7 @@ class _Mailbox:
 
     def put(self, event: RequestEvent) -> None:
         last = self._events[-1] if self._events else None
-        if isinstance(event, Text) and isinstance(last, Text):
+        if _is_plain(event) and _is_plain(last):
             self._events[-1] = Text(last.text + event.text)
         else:
             self._events.append(event)
@@ -449,6 +491,10 @@ class _Mailbox:
             self._there.clear()
             await self._there.wait()
         return self._events.popleft()
+
+
+def _is_plain(event: RequestEvent | None) -> TypeGuard[Text]:
+    return isinstance(event, Text) and not event.logprobs
 
 
 def _is_of_zeroconf(error: object) -> bool:

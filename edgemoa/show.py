@@ -91,35 +91,27 @@ def _progress(event: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(answered: dict[str, Any]) -> str:
-    """The table of what happened, for people."""
-    rows = [("board", "layer", "waited", "worked", "tokens", "model")]
+    """The table of what happened, for people. ``cached`` and ``read`` are the prompt's tokens."""
+    rows: list[tuple[str, ...]] = [
+        ("board", "layer", "waited", "read for", "wrote for", "cached", "read", "wrote", "model")
+    ]
     rows += [
         (
             p["board"] + (" (owner)" if p["own"] else ""),
             str(p["layer"]),
-            seconds(p["queue_ms"]),
-            seconds(p["work_ms"]),
-            str(p["tokens"]),
+            *_spent(p, p["prompt_tokens"]),
             p["model"],
         )
         for p in answered["proposals"]
     ]
-    rows.append(
-        (
-            "answer",
-            "",
-            seconds(answered["queue_ms"]),
-            seconds(answered["work_ms"]),
-            str(answered["tokens"]),
-            "",
-        )
-    )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    rows.append(("answer", "", *_spent(answered, answered["job_tokens"]), ""))
+    last = len(rows[0]) - 1
+    widths = [max(len(row[i]) for row in rows) for i in range(last)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
-        cells += [row[i].rjust(widths[i]) for i in range(1, 5)]
-        lines.append("  ".join((*cells, row[5])).rstrip())
+        cells += [row[i].rjust(widths[i]) for i in range(1, last)]
+        lines.append("  ".join((*cells, row[last])).rstrip())
     lines += [
         f"left out: {out['board']} (layer {out['layer']}): {out['reason']}"
         for out in answered["left_out"]
@@ -130,6 +122,39 @@ def summary(answered: dict[str, Any]) -> str:
     why = f" ({granted['why']})" if granted["why"] else ""
     lines.append(f"plan {plan(granted)}{why}; {seconds(answered['total_ms'])} in all")
     return _harmless("\n".join(lines))
+
+
+def _spent(job: dict[str, Any], prompt_tokens: int) -> tuple[str, ...]:
+    """Where a job's time and tokens went."""
+    return (
+        seconds(job["queue_ms"]),
+        seconds(job["prefill_ms"]),
+        seconds(job["work_ms"] - job["prefill_ms"]),
+        str(job["cached_tokens"]),
+        str(prompt_tokens - job["cached_tokens"]),
+        str(job["tokens"]),
+    )
+
+
+def speed(rates: dict[str, Any]) -> str:
+    """Tokens a second in all, as measured, by context and by how many jobs are written at a time;
+    empty while nothing was."""
+    batches = sorted({each["rows"] for each in rates["decode"]})
+    lines: dict[int, dict[int, str]] = {}
+    for rows, each in [(0, each) for each in rates["prefill"]] + [
+        (each["rows"], each) for each in rates["decode"]
+    ]:
+        ms = each["step_ms"] / rows if rows else each["ms_per_token"]
+        below = 1 << max(int(each["context"]), 64).bit_length()
+        lines.setdefault(below, {})[rows] = f"{1000 / ms:.0f}" if ms else "-"
+    if not lines:
+        return ""
+    head = ("context", "read", *(f"write {rows}" for rows in batches))
+    body = [
+        (f"< {below}", *(line.get(rows, "-") for rows in (0, *batches)))
+        for below, line in sorted(lines.items())
+    ]
+    return table([head, *body])
 
 
 def report(answered: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert end.value.code == 0
     out = capsys.readouterr().out
     assert __version__ in out
-    for command in ("demo", "serve", "ask", "status", "devices", "model", "sim", "config"):
+    for command in ("demo", "serve", "ask", "status", "devices", "model", "bench", "sim", "config"):
         assert command in out
 
 
@@ -141,6 +141,33 @@ def test_what_other_boards_say_cannot_act_on_the_terminal(
     assert told.out == "Hi]52;c;eA==[2J\n\tthere\n"
     assert "\x1b" not in told.err
     assert "\x1b" not in show.table([("A",), (evil,)])
+
+
+def test_what_each_job_waited_read_and_wrote_is_shown() -> None:
+    record = {
+        "board": "bee", "layer": 1, "model": "tiny", "own": True, "prompt_tokens": 50,
+        "cached_tokens": 20, "tokens": 7, "queue_ms": 10, "prefill_ms": 100, "work_ms": 350,
+    }  # fmt: skip
+    answered = record | {
+        "prompt_tokens": 50, "job_tokens": 300, "cached_tokens": 260, "work_ms": 1_100,
+        "proposals": [record], "left_out": [], "note": "", "total_ms": 1_500,
+        "granted": {"layers": 1, "proposers": 1, "why": ""},
+    }  # fmt: skip
+    head, own, answer, _ = show.summary(answered).splitlines()
+    assert "cached" in head
+    assert " ".join(own.split()[2:]) == "1 0.01 s 0.10 s 0.25 s 20 30 7 tiny"
+    assert " ".join(answer.split()[1:]) == "0.01 s 0.10 s 1.00 s 260 40 7"
+
+
+def test_speed_is_tokens_a_second_in_all() -> None:
+    prefill = [{"context": 32, "ms_per_token": 2.0}, {"context": 200, "ms_per_token": 4.0}]
+    decode = [{"rows": rows, "context": 100, "step_ms": 5.0 + 5 * rows} for rows in (1, 4)]
+    lines = show.speed({"prefill": prefill, "decode": decode}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["<", "128", "500", "100", "160"],
+        ["<", "256", "250", "-", "-"],
+    ]
+    assert show.speed({"prefill": [], "decode": []}) == ""
 
 
 def test_logs_are_lines_with_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ ALLOWED = {
     "shelf": {"errors", "models", "net"},
     "sim": {"core"},
 }
-JOINS = {"daemon", "demo", "cli", "cli_model", "cli_peer_models", "__main__"}
+JOINS = {"daemon", "demo", "cli", "cli_model", "cli_bench", "cli_peer_models", "__main__"}
 IMPURE = {
     "asyncio", "socket", "ssl", "threading", "time", "os", "logging", "subprocess", "select",
     "sqlite3", "pathlib", "datetime", "signal", "tempfile", "secrets", "numpy", "onnx",

@@ -7,13 +7,14 @@ into bounded types; what edgemoa does not do is refused where ignoring it would 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from edgemoa.core import limits
-from edgemoa.core.events import Answered, RequestEvent
+from edgemoa.core.events import Answered, RequestEvent, TokenLogprob, Wishes
 from edgemoa.core.messages import ChatMessage, Role, Sampling
 from edgemoa.errors import (
     EdgemoaError,
@@ -40,6 +41,21 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
+class JsonSchema(msgspec.Struct):
+    """``name``, ``description`` and ``strict`` are taken and change nothing: a schema is obeyed."""
+
+    schema: dict[str, Any]
+    name: str = ""
+
+
+class ResponseFormat(msgspec.Struct):
+    """What form the answer has. ``schema`` beside ``json_object`` is llama.cpp's way to say it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+
+
 class Extra(msgspec.Struct, forbid_unknown_fields=True):
     """What a request may ask of edgemoa beyond OpenAI's fields, under ``"edgemoa"``."""
 
@@ -60,6 +76,25 @@ class ChatRequest(msgspec.Struct):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
+    repeat_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None  # llama.cpp's name for it
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Meta(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Meta(ge=-100, le=100)],
+            ],
+            Meta(max_length=limits.MAX_BIASES),
+        ]
+        | None
+    ) = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
@@ -67,11 +102,6 @@ class ChatRequest(msgspec.Struct):
     n: int | None = None
     tools: Any = None
     functions: Any = None
-    response_format: Any = None
-    logprobs: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Any = None
 
     def conversation(self) -> tuple[ChatMessage, ...]:
         """The turns as the core knows them.
@@ -124,20 +154,16 @@ class ChatRequest(msgspec.Struct):
             proposers if extra.proposers is None else extra.proposers,
         )
 
-    def sampling(self, default_max_tokens: int) -> Sampling:
+    def sampling(self, default_max_tokens: int, chance: int = 0) -> Sampling:
         """How the answer is to be written; greedy unless told otherwise.
 
+        :param chance: the seed for a request without one.
         :raises UserError: for what cannot be done.
         """
         unsupported = {
             "n": self.n not in (None, 1),
             "tools": bool(self.tools),
             "functions": bool(self.functions),
-            "response_format": self.response_format not in (None, {"type": "text"}),
-            "logprobs": bool(self.logprobs),
-            "presence_penalty": bool(self.presence_penalty),
-            "frequency_penalty": bool(self.frequency_penalty),
-            "logit_bias": bool(self.logit_bias),
         }
         for name, asked_for in unsupported.items():
             if asked_for:
@@ -149,9 +175,66 @@ class ChatRequest(msgspec.Struct):
             max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
             temperature=self.temperature or 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=(self.seed or 0) & 0x7FFFFFFF,
+            seed=(chance if self.seed is None else self.seed) & 0x7FFFFFFF,
             stop=stop,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self._repetition_penalty(),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
         )
+
+    def wishes(self, max_tokens: int) -> Wishes:
+        """What else the answer should be; ``max_tokens`` are those of its :meth:`sampling`.
+
+        :raises UserError: for what cannot be done.
+        """
+        logprobs = -1
+        if self.logprobs:
+            logprobs = self.top_logprobs or 0
+            if max_tokens * (1 + logprobs) > limits.MAX_LOGPROBS:
+                raise UserError(
+                    f"'logprobs' for {max_tokens} tokens with {logprobs} alternatives are too many",
+                    hint="ask for a smaller 'max_tokens' or 'top_logprobs'",
+                )
+        elif self.top_logprobs:
+            raise UserError("'top_logprobs' goes with 'logprobs'", hint='set "logprobs": true')
+        return Wishes(
+            schema=self._schema(),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logprobs=logprobs,
+        )
+
+    def _repetition_penalty(self) -> float:
+        given = [p for p in (self.repetition_penalty, self.repeat_penalty) if p is not None]
+        if len(given) > 1:
+            raise UserError(
+                "'repetition_penalty' and 'repeat_penalty' are two names of one thing",
+                hint="leave one of them out",
+            )
+        return given[0] if given else 1.0
+
+    def _schema(self) -> str:
+        """The JSON schema that the answer is to obey, as JSON; empty for none."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return ""
+        if form.type == "json_schema":
+            if form.json_schema is None:
+                raise UserError("'response_format' has no 'json_schema'", hint="add it")
+            schema = form.json_schema.schema
+        else:
+            schema = form.schema or {"type": "object"}
+        try:
+            text = encode(schema).decode()
+        except (RecursionError, UnicodeError):
+            raise UserError("the JSON schema cannot be read", hint="check it") from None
+        if len(text.encode()) > limits.MAX_SCHEMA_BYTES:
+            raise UserError(
+                f"the JSON schema has more than {limits.MAX_SCHEMA_BYTES} bytes",
+                hint="use a smaller one",
+            )
+        return text
 
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -200,10 +283,15 @@ def error_headers(error: EdgemoaError) -> dict[str, str]:
     return {}
 
 
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int = 0  # that this board need not read for this request
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = msgspec.field(default_factory=PromptDetails)
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -211,10 +299,28 @@ class Delta(msgspec.Struct, omit_defaults=True):
     content: str | UnsetType = UNSET
 
 
+class TopLogprob(msgspec.Struct):
+    """``bytes`` because a token may be part of a character, for which ``token`` has U+FFFD."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(msgspec.Struct):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
 class ChunkChoice(msgspec.Struct):
     delta: Delta
     finish_reason: str | None = None
     index: int = 0
+    logprobs: Logprobs | None = None
 
 
 class Chunk(msgspec.Struct):
@@ -230,9 +336,15 @@ class Chunk(msgspec.Struct):
 
 
 def usage(answered: Answered) -> Usage:
-    """OpenAI's token counts: the user's prompt and the answer, whatever the boards read besides."""
-    total = answered.prompt_tokens + answered.tokens
-    return Usage(answered.prompt_tokens, answered.tokens, total)
+    """OpenAI's token counts: the user's prompt and the answer, whatever the boards read besides.
+
+    Cached is what of the user's prompt this board knew before its first job for it: its own
+    proposal, or the answer. What each job read and found is in ``edgemoa``.
+    """
+    prompt, total = answered.prompt_tokens, answered.prompt_tokens + answered.tokens
+    first = next((p for p in answered.proposals if p.own and p.layer == 1), answered)
+    details = PromptDetails(min(first.cached_tokens, prompt))
+    return Usage(prompt, answered.tokens, total, details)
 
 
 def finish_reason(answered: Answered) -> str:
@@ -240,8 +352,29 @@ def finish_reason(answered: Answered) -> str:
     return "stop" if answered.finish == "stop" else "length"
 
 
-def completion(request_id: str, created: int, model: str, answered: Answered) -> dict[str, Any]:
-    """The answer to a request that was not streamed."""
+def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
+    """The probabilities of an answer's tokens, or of a piece's."""
+    return Logprobs(
+        [
+            ContentLogprob(
+                each.token.decode(errors="replace"),
+                each.logprob,
+                list(each.token),
+                [TopLogprob(t.decode(errors="replace"), p, list(t)) for t, p in each.top],
+            )
+            for each in tokens
+        ]
+    )
+
+
+def completion(
+    request_id: str,
+    created: int,
+    model: str,
+    answered: Answered,
+    told: Iterable[TokenLogprob] | None = None,
+) -> dict[str, Any]:
+    """The answer to a request that was not streamed; ``told`` are its logprobs, if asked for."""
     return {
         "id": request_id,
         "object": "chat.completion",
@@ -251,6 +384,7 @@ def completion(request_id: str, created: int, model: str, answered: Answered) ->
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": answered.text},
+                "logprobs": None if told is None else logprobs(told),
                 "finish_reason": finish_reason(answered),
             }
         ],

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import re
+import secrets
 import socket
 import stat
 import time
@@ -24,7 +25,15 @@ from aiohttp import web
 
 from edgemoa.api import openai
 from edgemoa.core import envelope, limits
-from edgemoa.core.events import Accepted, Answered, Failed, Request, RequestEvent, Text
+from edgemoa.core.events import (
+    Accepted,
+    Answered,
+    Failed,
+    Request,
+    RequestEvent,
+    Text,
+    TokenLogprob,
+)
 from edgemoa.core.messages import BoardId, ChatMessage
 from edgemoa.errors import (
     AddressInUseError,
@@ -71,6 +80,13 @@ class Service(Protocol):
         """How many tokens the model counts.
 
         :raises EngineError: the model is not there now.
+        """
+
+    async def check_schema(self, schema: str) -> None:
+        """See that an answer can be held to this JSON schema.
+
+        :raises UserError: it cannot.
+        :raises EngineError: none can, or not now.
         """
 
     def new_request_id(self) -> str:
@@ -272,9 +288,10 @@ class Api:
         ask = openai.decode_chat_request(await self._read(http))
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
         layers, proposers = ask.plan(self._service.own_model()[0], layers, proposers)
-        sampling = ask.sampling(max_tokens)
+        sampling = ask.sampling(max_tokens, secrets.randbits(31))
+        wishes = ask.wishes(sampling.max_tokens)
         messages = ask.conversation()
-        prompt_tokens = await self._measure(messages)
+        prompt_tokens = await self._measure(messages, wishes.schema)
         context_tokens = self._service.own_model()[1]  # known by now, even at the first start
         if prompt_tokens >= context_tokens:
             raise PromptTooLongError(
@@ -289,6 +306,7 @@ class Api:
             proposers=proposers,
             sampling=sampling,
             deadline_ms=ask.edgemoa.deadline_ms or deadline_ms,
+            wishes=wishes,
         )
         async with contextlib.aclosing(_Events(self._service.events(request))) as events:
             first = await events.next()
@@ -296,12 +314,15 @@ class Api:
                 raise failure(first)
             if ask.stream:
                 return await _Stream(http, request.request_id, ask).send(first, events)
+            told: list[TokenLogprob] | None = [] if wishes.logprobs >= 0 else None
             while True:
                 match event := await events.next():
+                    case Text(logprobs=logprobs) if told is not None:
+                        told += logprobs
                     case Answered():
                         return _json(
                             openai.completion(
-                                request.request_id, int(time.time()), ask.model, event
+                                request.request_id, int(time.time()), ask.model, event, told
                             )
                         )
                     case Failed():
@@ -316,8 +337,9 @@ class Api:
         except TimeoutError:
             raise UserError("the request did not arrive in time", hint="send it faster") from None
 
-    async def _measure(self, messages: tuple[ChatMessage, ...]) -> int:
-        """Count a prompt's tokens, few prompts at a time, and only if it could be accepted.
+    async def _measure(self, messages: tuple[ChatMessage, ...], schema: str) -> int:
+        """Count a prompt's tokens, and see that the schema, if there is one, can be obeyed; few
+        prompts at a time, and only if it could be accepted.
 
         A prompt given to the model process stays there until it has been counted, also when its
         client has left meanwhile; so it is that which is bounded, not the clients.
@@ -327,13 +349,18 @@ class Api:
             raise failure(refusal)
         if len(self._measuring) >= limits.MAX_MEASURING:
             raise OverloadedError("too many prompts arrive at a time", hint="try again in 1 s")
-        counting = asyncio.ensure_future(self._service.measure(messages))
+        counting = asyncio.ensure_future(self._check(messages, schema))
         self._measuring.add(counting)
         counting.add_done_callback(self._measured)
         done, _ = await asyncio.wait({counting}, timeout=MEASURE_S)
         if not done:
             raise EngineError("the model is not ready yet", hint="try again in a moment")
         return counting.result()
+
+    async def _check(self, messages: tuple[ChatMessage, ...], schema: str) -> int:
+        if schema:
+            await self._service.check_schema(schema)
+        return await self._service.measure(messages)
 
     def _measured(self, counting: asyncio.Future[int]) -> None:
         self._measuring.discard(counting)
@@ -402,8 +429,8 @@ class _Stream:
             match event:
                 case None:
                     await self._response.write(b": working\n\n")
-                case Text(text=text):
-                    await self._chunk(openai.Delta(content=text))
+                case Text(text=text, logprobs=logprobs):
+                    await self._chunk(openai.Delta(content=text), logprobs=logprobs)
                 case Answered():
                     await self._end(event)
                     break
@@ -421,8 +448,16 @@ class _Stream:
         elif not isinstance(event, Accepted):
             await self._response.write(b": working\n\n")
 
-    async def _chunk(self, delta: openai.Delta, finish_reason: str | None = None) -> None:
-        chunk = self._new([openai.ChunkChoice(delta, finish_reason)])
+    async def _chunk(
+        self,
+        delta: openai.Delta,
+        finish_reason: str | None = None,
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
+        choice = openai.ChunkChoice(delta, finish_reason)
+        if logprobs:
+            choice.logprobs = openai.logprobs(logprobs)
+        chunk = self._new([choice])
         await self._data(openai.encode(chunk))
 
     async def _end(self, answered: Answered) -> None:

@@ -5,15 +5,48 @@ Times are integer milliseconds on the board's own monotonic clock.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
+from edgemoa.core import limits
 from edgemoa.core.messages import BoardId, ChatMessage, Message, Sampling
 
 JobKind: TypeAlias = Literal["proposal", "aggregation"]
 Finish: TypeAlias = Literal["stop", "length", "loop"]
 """Why a text ended: the model or a stop string, its limit, or because it only repeated itself."""
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """What a user wishes of the answer's text, beyond how its tokens are picked.
+
+    It concerns the answer alone and stays on this board: proposals are written freely. What was
+    written without it is never given as an answer.
+    """
+
+    schema: Annotated[str, Meta(max_length=limits.MAX_SCHEMA_BYTES)] = ""
+    """The JSON schema, as JSON, that the answer obeys; empty for none."""
+    logit_bias: Annotated[
+        dict[Annotated[int, Meta(ge=0, lt=2**31)], Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(max_length=limits.MAX_BIASES),
+    ] = msgspec.field(default_factory=dict)
+    """What is added to the logits of these tokens of this board's model."""
+    logprobs: Annotated[int, Meta(ge=-1, le=limits.MAX_TOP_LOGPROBS)] = -1
+    """With how many alternatives each token's probability is told; -1: not at all."""
+
+    def __bool__(self) -> bool:
+        return bool(self.schema or self.logit_bias or self.logprobs >= 0)
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token of the answer, as the bytes that it stands for, and the natural logarithm of its
+    probability: by the model's logits as they are, whatever it was sampled with. ``top`` are the
+    likeliest ones in its place."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 # --- inputs
@@ -29,6 +62,7 @@ class Request(msgspec.Struct, frozen=True):
     proposers: int  # k, as asked for
     sampling: Sampling  # of the answer; proposals have their own
     deadline_ms: int  # from acceptance
+    wishes: Wishes = Wishes()
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -37,10 +71,16 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model: str
     context_tokens: int
     slots: int  # jobs that it works on at a time
+    backend: str = ""
+    threads: int = 0
+    budget_tokens: int = 0  # that all jobs together may hold, prompts kept for later included
 
 
 class WorkDone(msgspec.Struct, frozen=True):
-    """A finished job. ``work_ms`` = prefill + decode."""
+    """A finished job. Times are by the clock, from when the model turned to the job: until its
+    first token, and from there on. ``model_ms`` is the job's own share of the model's steps: one
+    that several jobs have in common counts for each in equal parts, and what was read ahead of the
+    job counts for it."""
 
     text: str
     finish: Finish
@@ -49,10 +89,12 @@ class WorkDone(msgspec.Struct, frozen=True):
     prefill_ms: int
     decode_ms: int
     cached_tokens: int = 0  # of the prompt, that the model had read before
+    model_ms: int = 0
+    ahead_tokens: int = 0  # of the cached ones, those that were read ahead of this very job
 
     @property
     def work_ms(self) -> int:
-        """Time on the model, queueing excluded."""
+        """Prefill and decode, queueing excluded."""
         return self.prefill_ms + self.decode_ms
 
 
@@ -81,12 +123,22 @@ class Job(msgspec.Struct, frozen=True):
     messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stream: bool  # report text as it is written
+    wishes: Wishes = Wishes()
 
 
 class StartWork(msgspec.Struct, frozen=True):
     """Hand a job to the engine; it has a free slot."""
 
     job: Job
+
+
+class ReadAhead(msgspec.Struct, frozen=True):
+    """Have the model read, when it has nothing else to read, what the next prompt of this request
+    surely begins with: ``messages``, of which the last goes on. Replaces what was said before of
+    the same request; without messages, no more is to be read ahead of it."""
+
+    request_id: str
+    messages: tuple[ChatMessage, ...] = ()
 
 
 class StopWork(msgspec.Struct, frozen=True):
@@ -102,7 +154,7 @@ class Tell(msgspec.Struct, frozen=True):
     event: RequestEvent
 
 
-Effect: TypeAlias = Send | StartWork | StopWork | Tell
+Effect: TypeAlias = Send | StartWork | ReadAhead | StopWork | Tell
 
 
 # --- what a waiting client hears, in this order: Accepted, any number of the middle ones, then
@@ -125,7 +177,11 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
 
 class ProposalRecord(msgspec.Struct, frozen=True):
-    """One proposal, as shown to the user: who, where its time went, how much was written."""
+    """One proposal, as shown to the user: who, where its time went, how much was read and written.
+
+    ``work_ms`` is prefill and decode by the clock, ``model_ms`` the job's own share of the model's
+    time, what was read ahead of it included.
+    """
 
     board: str  # name
     board_id: BoardId
@@ -136,6 +192,9 @@ class ProposalRecord(msgspec.Struct, frozen=True):
     queue_ms: int
     work_ms: int
     own: bool
+    cached_tokens: int = 0  # of the prompt, that need not be read
+    prefill_ms: int = 0
+    model_ms: int = 0
 
 
 class LeftOut(msgspec.Struct, frozen=True):
@@ -173,9 +232,11 @@ class Aggregating(msgspec.Struct, frozen=True, tag="aggregating"):
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
-    """The next piece of the answer."""
+    """The next piece of the answer. Where ``logprobs`` were asked for, those of its tokens: one
+    whose text is held back, since a character is not complete, comes with the piece that has it."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Answered(msgspec.Struct, frozen=True, tag="answered"):
@@ -188,10 +249,15 @@ class Answered(msgspec.Struct, frozen=True, tag="answered"):
     left_out: tuple[LeftOut, ...]
     prompt_tokens: int  # of the user's own prompt
     tokens: int  # of the answer; the pieces told where the deadline cut it
-    queue_ms: int  # of the aggregation
-    work_ms: int  # of the aggregation
+    queue_ms: int  # of the job that wrote it
+    work_ms: int  # of that job
     total_ms: int
     note: str = ""  # where the answer is not what the plan would have made it, why
+    # Of that job, too, unless the deadline cut the answer.
+    job_tokens: int = 0  # of its prompt, proposals and all
+    cached_tokens: int = 0  # of those, that need not be read
+    prefill_ms: int = 0
+    model_ms: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -47,7 +47,14 @@ MAX_OWN_REQUESTS: Final = 1024  # what the configuration may ask for at most
 MAX_PEER_JOBS: Final = 1024
 MAX_REMEMBERED_RESULTS: Final = 32  # answers to one board, kept to answer a repeated question
 MAX_PEER_JOB_MS: Final = 3_600_000  # a peer's job is dropped then, whatever its owner says
+MAX_CANDIDATES: Final = 32  # texts that are scored behind one prompt
 MAX_JOB_ATTEMPTS: Final = 2  # a request that the model process died on is tried once more
+
+# An answer's form
+MAX_SCHEMA_BYTES: Final = 64 * KIB  # a JSON schema, as JSON
+MAX_BIASES: Final = 1024  # tokens of one request
+MAX_TOP_LOGPROBS: Final = 20  # per token; OpenAI's bound
+MAX_LOGPROBS: Final = 131_072  # of one answer, alternatives included: about 15 MB in the daemon
 
 # The local API
 MAX_BODY_BYTES: Final = 1 * MIB

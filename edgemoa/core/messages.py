@@ -33,7 +33,11 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How to pick tokens. ``temperature`` 0 is greedy; ``stop`` ends a text before itself."""
+    """How to pick tokens. ``temperature`` 0 is greedy; ``stop`` ends a text before itself.
+
+    ``top_k`` 0, ``min_p`` 0, and a ``repetition_penalty`` of 1 change nothing. What each does, and
+    in which order, is said in :mod:`edgemoa.engine.sampling`.
+    """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] = 256
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
@@ -43,6 +47,11 @@ class Sampling(msgspec.Struct, frozen=True):
         tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=256)], ...],
         msgspec.Meta(max_length=8),
     ] = ()
+    top_k: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.1, le=10)] = 1.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
@@ -111,6 +120,9 @@ class Proposal(msgspec.Struct, frozen=True, tag="proposal"):
     queue_ms: Millis
     work_ms: Millis
     finish: Literal["stop", "length", "loop"]
+    cached_tokens: Count = 0  # of the prompt, that need not be read
+    prefill_ms: Millis = 0  # of the work
+    model_ms: Millis = 0  # this job's own share of the model's time
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

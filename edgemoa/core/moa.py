@@ -15,7 +15,15 @@ from enum import StrEnum
 from typing import Final, Protocol, TypeAlias
 
 from edgemoa.core import limits
-from edgemoa.core.events import Finish, Granted, LeftOut, ProposalRecord, Request
+from edgemoa.core.events import (
+    Finish,
+    Granted,
+    LeftOut,
+    ProposalRecord,
+    Request,
+    TokenLogprob,
+    Wishes,
+)
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
 
 REQUEST: Final = "{request}"
@@ -58,16 +66,20 @@ class Draft:
         tokens = min(self.tokens, sampling.max_tokens)
         return Draft(self.board, text, tokens, self.own, finish)
 
-    def is_what_was_asked(self, sampling: Sampling) -> bool:
+    def is_what_was_asked(self, sampling: Sampling, wishes: Wishes) -> bool:
         """Whether the model, asked for the answer itself, would have written this very text.
 
         That is so for the owner's draft, which is greedy, where the user asked for greedy, too,
-        and neither stop strings nor the length would have cut it elsewhere.
+        without penalties or further wishes, and neither stop strings nor the length would have cut
+        it elsewhere.
         """
         ended = self.finish in ("stop", "loop") and self.tokens <= sampling.max_tokens
         return (
             self.own
+            and not wishes
             and sampling.temperature == 0
+            and sampling.repetition_penalty == 1
+            and sampling.presence_penalty == sampling.frequency_penalty == 0
             and (ended or self.tokens == sampling.max_tokens)
             and not any(stop in self.text for stop in sampling.stop)
         )
@@ -112,6 +124,12 @@ class Strategy(Protocol):
     ) -> tuple[ChatMessage, ...]:
         """The messages that each proposer of the next layer is given."""
 
+    def begin(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+    ) -> tuple[ChatMessage, ...]:
+        """What the board's own model will be given next, in another layer or to conclude, as far
+        as these first proposals of a layer tell; the last message goes on. Empty if they do not."""
+
     def conclude(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
     ) -> Conclusion:
@@ -142,6 +160,17 @@ class Synthesis:
     ) -> tuple[ChatMessage, ...]:
         """The conversation itself in the first layer, with the previous answers after that."""
         return self._with_drafts(conversation, previous, room).messages
+
+    def begin(
+        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+    ) -> tuple[ChatMessage, ...]:
+        """The conversation and the proposals so far, unless more of them leave less room for
+        each; the instruction comes after the last one."""
+        written = self._with_drafts(conversation, drafts, room)
+        if not written.drafts:
+            return ()
+        *before, proposals, _ = written.messages
+        return (*before, ChatMessage(proposals.role, proposals.content + BETWEEN_PROPOSALS))
 
     def conclude(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
@@ -287,6 +316,9 @@ class Run:
     told: str = ""  # what the client has been given of the answer
     attempt: str = ""  # what the running attempt has written of it
     pieces: int = 0  # in so many parts, about one a token
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of its tokens, if asked for
+    told_logprobs: int = 0  # how many of them the client has been given
+    read_ahead: bool = False  # the model was told what the next prompt begins with
 
     def move(self, state: State) -> None:
         """Go to ``state``.

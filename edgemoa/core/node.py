@@ -30,6 +30,7 @@ from edgemoa.core.events import (
     ProposalArrived,
     ProposalRecord,
     ProposerLeftOut,
+    ReadAhead,
     Request,
     RequestEvent,
     Send,
@@ -37,6 +38,8 @@ from edgemoa.core.events import (
     StopWork,
     Tell,
     Text,
+    TokenLogprob,
+    Wishes,
     WorkDone,
     WorkFailed,
 )
@@ -67,6 +70,7 @@ from edgemoa.core.moa import (
     size_bytes,
 )
 from edgemoa.core.queueing import Work, WorkQueue
+from edgemoa.core.rates import Rates
 
 PROPOSAL_TOP_P: Final = 0.95
 ANSWER_ROOM_TOKENS: Final = 512  # kept free for the answer where it asked for more than fits
@@ -248,16 +252,20 @@ class Node:
         for work in spent:
             self._work_failed(work, WorkFailed("the model process died on it twice"), now_ms)
         for run in self.runs.values():
-            run.attempt, run.pieces = "", 0
+            run.attempt, run.pieces, run.read_ahead = "", 0, False
+            run.logprobs = []
         self._heartbeat(self.members.peers)
         return self._settle(now_ms)
 
-    def wrote(self, job_id: int, text: str, now_ms: int) -> list[Effect]:
+    def wrote(
+        self, job_id: int, text: str, now_ms: int, logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> list[Effect]:
         """The engine wrote a piece of a streamed job's text."""
         work = self.queue.running.get(job_id)
         run = self.runs.get(work.request_id) if work and work.final else None
         if run is not None:
             run.attempt += text
+            run.logprobs += logprobs
             run.pieces += 1
             self._tell_text(run, run.attempt)
         return self._settle(now_ms)
@@ -266,7 +274,7 @@ class Node:
         """The engine finished a job."""
         work = self.queue.end(job_id)
         if work is not None:
-            self.queue.times.observe(work.job.kind, done.work_ms)
+            self.queue.times.observe(work.job.kind, done)
             self._work_finished(work, done, now_ms)
         return self._settle(now_ms)
 
@@ -276,6 +284,10 @@ class Node:
         if work is not None:
             self._work_failed(work, failure, now_ms)
         return self._settle(now_ms)
+
+    def measured(self, rates: Rates) -> None:
+        """How fast the engine has been so far."""
+        self.queue.times.rates = rates
 
     # --- time
 
@@ -439,6 +451,9 @@ class Node:
                     queue_ms=proposal.queue_ms,
                     work_ms=proposal.work_ms,
                     own=False,
+                    cached_tokens=min(proposal.cached_tokens, proposal.prompt_tokens),
+                    prefill_ms=min(proposal.prefill_ms, proposal.work_ms),
+                    model_ms=proposal.model_ms,
                 ),
                 now_ms,
             )
@@ -449,6 +464,24 @@ class Node:
         elif run.take(draft, record):
             self._tell(run, ProposalArrived(record))
         self._close_if_settled(run, now_ms)
+        if draft.text:
+            self._read_ahead(run)
+
+    def _read_ahead(self, run: Run) -> None:
+        """While a layer waits for more, have the model read what is there; unless other work waits
+        for the model, or may at any moment."""
+        free = not self.queue.waiting and len(self.queue.running) < self.queue.slots
+        if run.state is not State.PROPOSING or not run.drafts or not self.engine_ready or not free:
+            return
+        begun = self.settings.strategy.begin(run.request.messages, run.drafts, run.room)
+        if begun:
+            run.read_ahead = True
+            self._effects.append(ReadAhead(run.request.request_id, begun))
+
+    def _read_no_further(self, run: Run) -> None:
+        if run.read_ahead:
+            run.read_ahead = False
+            self._effects.append(ReadAhead(run.request.request_id))
 
     def _declined(self, sender: BoardId, message: Declined, now_ms: int) -> None:
         reason = printable(message.reason)
@@ -486,7 +519,7 @@ class Node:
         drafts = run.best_at_hand()
         conclusion = self.settings.strategy.conclude(run.request.messages, drafts, run.room)
         if isinstance(conclusion, Give):
-            if conclusion.draft.is_what_was_asked(run.request.sampling):
+            if conclusion.draft.is_what_was_asked(run.request.sampling, run.request.wishes):
                 self._give(run, conclusion.draft, conclusion.note, now_ms)
                 return
             run.notes.append(conclusion.note)
@@ -513,6 +546,7 @@ class Node:
             messages=messages,
             sampling=sampling,
             stream=final,
+            wishes=run.request.wishes if final else Wishes(),
         )
         self.queue.add(
             Work(
@@ -541,6 +575,7 @@ class Node:
             queue_ms=record.queue_ms if record else 0,
             work_ms=record.work_ms if record else 0,
             note=note,
+            spent=record,
         )
 
     def _answer(
@@ -554,6 +589,7 @@ class Node:
         queue_ms: int,
         work_ms: int,
         note: str = "",
+        spent: WorkDone | ProposalRecord | None = None,
     ) -> None:
         self._tell_text(run, text)
         self._end(run, State.ANSWERED)
@@ -571,6 +607,14 @@ class Node:
             total_ms=now_ms - run.accepted_ms,
             note="; ".join((*run.notes, note) if note else run.notes),
         )
+        if spent is not None:
+            answered = msgspec.structs.replace(
+                answered,
+                job_tokens=spent.prompt_tokens,
+                cached_tokens=spent.cached_tokens,
+                prefill_ms=spent.prefill_ms,
+                model_ms=spent.model_ms,
+            )
         self._tell(run, answered)
 
     def _fail(self, run: Run, failed: Failed, state: State = State.FAILED) -> None:
@@ -582,9 +626,10 @@ class Node:
         self._tell(run, failed)
 
     def _fail_or_fall_back(self, run: Run, failed: Failed, now_ms: int) -> None:
-        """A proposal that is there is better than no answer, unless another text has begun."""
+        """A proposal that is there is better than no answer, unless another text has begun or it
+        is not of the form that was wished for."""
         draft = self.settings.strategy.fall_back(run.best_at_hand())
-        if draft is None or run.told:
+        if draft is None or run.told or run.request.wishes:
             self._fail(run, failed)
         else:
             who = self.settings.name if draft.own else self.members.name(draft.board)
@@ -618,6 +663,7 @@ class Node:
                 self._send(board, Cancel(request_id, run.layer))
         run.pending.clear()
         self._drop(lambda work: work.source == self.board_id and work.request_id == request_id)
+        self._read_no_further(run)
         run.move(state)
         del self.runs[request_id]
 
@@ -680,7 +726,7 @@ class Node:
         return ""
 
     def _work_finished(self, work: Work, done: WorkDone, now_ms: int) -> None:
-        queue_ms = work.started_ms - work.arrived_ms
+        queue_ms = max(now_ms - work.arrived_ms - done.work_ms, 0)
         if work.source != self.board_id:
             self.counters.proposals_served += 1
             proposal = Proposal(
@@ -693,6 +739,9 @@ class Node:
                 queue_ms=queue_ms,
                 work_ms=done.work_ms,
                 finish=done.finish,
+                cached_tokens=done.cached_tokens,
+                prefill_ms=done.prefill_ms,
+                model_ms=done.model_ms,
             )
             self._remember(_key(work), proposal)
             self._send(work.source, proposal)
@@ -712,6 +761,9 @@ class Node:
                     queue_ms=queue_ms,
                     work_ms=done.work_ms,
                     own=True,
+                    cached_tokens=done.cached_tokens,
+                    prefill_ms=done.prefill_ms,
+                    model_ms=done.model_ms,
                 ),
                 now_ms,
             )
@@ -719,7 +771,7 @@ class Node:
         if not done.text.startswith(run.told):
             self._fail(run, _CHANGED)
             return
-        if not done.text.strip() and run.best_at_hand():
+        if not done.text.strip() and run.best_at_hand() and not run.request.wishes:
             failed = Failed("engine_failed", "the aggregation came out empty")
             self._fail_or_fall_back(run, failed, now_ms)
             return
@@ -731,6 +783,7 @@ class Node:
             tokens=done.tokens,
             queue_ms=queue_ms,
             work_ms=done.work_ms,
+            spent=done,
         )
 
     def _work_failed(self, work: Work, failure: WorkFailed, now_ms: int) -> None:
@@ -789,9 +842,11 @@ class Node:
         only what goes on from the text already given is passed on. One that takes another turn
         is not: the prompt then fails when that attempt is finished.
         """
-        if len(text) > len(run.told) and text.startswith(run.told):
-            self._tell(run, Text(text[len(run.told) :]))
+        logprobs = tuple(run.logprobs[run.told_logprobs :])
+        if (len(text) > len(run.told) or logprobs) and text.startswith(run.told):
+            self._tell(run, Text(text[len(run.told) :], logprobs))
             run.told = text
+            run.told_logprobs += len(logprobs)
 
     def _tell(self, run: Run, event: RequestEvent) -> None:
         self._effects.append(Tell(run.request.request_id, event))
@@ -828,6 +883,9 @@ class Node:
         """Give the engine what it has room for, then hand over all effects."""
         while self.engine_ready and (work := self.queue.next(now_ms)) is not None:
             self._effects.append(StartWork(work.job))
+            # Whatever of this board's own starts after a reading ahead is what it was ahead of.
+            if work.source == self.board_id:
+                self._read_no_further(self.runs[work.request_id])
         return self._flush()
 
     def _flush(self) -> list[Effect]:

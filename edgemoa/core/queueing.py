@@ -7,13 +7,14 @@ neither can shut the other out.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from edgemoa.core.events import Job, JobKind
+from edgemoa.core.events import Job, JobKind, WorkDone
 from edgemoa.core.messages import BoardId
+from edgemoa.core.rates import Rates
 
 PRIOR_SERVICE_MS: Final = 5_000  # assumed until the first job of a kind has been measured
 AVERAGE_WEIGHT: Final = 0.2  # of the newest sample in the exponential average
@@ -34,24 +35,58 @@ class Work:
     started_ms: int = -1
 
 
+@dataclass(slots=True)
+class _Usual:
+    """Exponential averages of the jobs of one kind: their share of the model in ms, and tokens."""
+
+    model_ms: float
+    prompt_tokens: float
+    found_tokens: float  # of the prompt's: none had to read them, not ahead of the job either
+    tokens: float
+
+    @classmethod
+    def of(cls, done: WorkDone) -> _Usual:
+        found = done.cached_tokens - done.ahead_tokens
+        return cls(done.model_ms, done.prompt_tokens, found, done.tokens)
+
+    def follow(self, done: WorkDone) -> None:
+        newest = _Usual.of(done)
+        self.model_ms += AVERAGE_WEIGHT * (newest.model_ms - self.model_ms)
+        self.prompt_tokens += AVERAGE_WEIGHT * (newest.prompt_tokens - self.prompt_tokens)
+        self.found_tokens += AVERAGE_WEIGHT * (newest.found_tokens - self.found_tokens)
+        self.tokens += AVERAGE_WEIGHT * (newest.tokens - self.tokens)
+
+
 class ServiceTimes:
-    """Exponential average of the time that a job of each kind takes on this board, in ms."""
+    """What a job of each kind takes of this board's model, in ms: alpha of the stability condition.
+
+    ``rates`` are the engine's; a usual job's size and they tell what it takes where others are
+    written along with it. Before there are any, the average of what jobs took has to do.
+    """
 
     def __init__(self) -> None:
-        self._mean_ms: dict[JobKind, float] = {}
+        self.rates = Rates()
+        self._usual: dict[JobKind, _Usual] = {}
 
-    def observe(self, kind: JobKind, work_ms: int) -> None:
-        """Take a finished job's prefill and decode time into account."""
-        mean = self._mean_ms.get(kind, float(work_ms))
-        self._mean_ms[kind] = mean + AVERAGE_WEIGHT * (work_ms - mean)
+    def observe(self, kind: JobKind, done: WorkDone) -> None:
+        """Take a finished job into account."""
+        if kind in self._usual:
+            self._usual[kind].follow(done)
+        else:
+            self._usual[kind] = _Usual.of(done)
 
-    def mean_ms(self, kind: JobKind) -> float:
-        """The average; a cautious guess while nothing has been measured."""
-        return self._mean_ms.get(kind, PRIOR_SERVICE_MS)
+    def mean_ms(self, kind: JobKind, batch: int = 1) -> float:
+        """For a job that is written along with others, ``batch`` in all; a cautious guess while
+        nothing has been measured."""
+        usual = self._usual.get(kind)
+        if usual is None:
+            return PRIOR_SERVICE_MS
+        estimate = self.rates.estimate(usual.prompt_tokens, usual.tokens, batch, usual.found_tokens)
+        return usual.model_ms if estimate is None else estimate
 
     def measured(self) -> dict[str, int]:
-        """What has been measured so far, in ms by kind, for people."""
-        return {kind: round(mean) for kind, mean in self._mean_ms.items()}
+        """The average that jobs took so far, in ms by kind, for people."""
+        return {kind: round(usual.model_ms) for kind, usual in self._usual.items()}
 
 
 class WorkQueue:
@@ -108,6 +143,7 @@ class WorkQueue:
         return next((i for i, work in enumerate(self) if found(work)), None)
 
     def expected_wait_ms(self) -> int:
-        """How long a job that came now would wait, by the average times of those before it."""
-        before = sum(self.times.mean_ms(work.job.kind) for work in self)
-        return round(before / self.slots)
+        """How long a job that came now would wait, by what those before it take of the model."""
+        jobs = Counter(work.job.kind for work in self)
+        batch = max(min(self.slots, jobs.total()), 1)
+        return round(sum(n * self.times.mean_ms(kind, batch) for kind, n in jobs.items()))

@@ -7,6 +7,7 @@ import msgspec
 from edgemoa.core.membership import Presence
 from edgemoa.core.messages import BoardId
 from edgemoa.core.node import Counters, Node
+from edgemoa.core.rates import Rates
 
 
 class PeerStatus(msgspec.Struct, frozen=True):
@@ -33,10 +34,14 @@ class NodeStatus(msgspec.Struct, frozen=True):
     model: str
     context_tokens: int
     slots: int
+    backend: str  # which of the engine's runs the model
+    threads: int
+    budget_tokens: int  # that the engine's memory holds, of all jobs and of what is kept
     waiting: int
     running: int
     expected_wait_ms: int
-    service_ms: dict[str, int]  # average work per kind of job, as far as measured
+    service_ms: dict[str, int]  # of the model's time, per kind of job, as far as measured
+    rates: Rates  # how fast the model reads and writes here, as far as measured
     prompts: int  # of this board's users, being worked on
     own_requests_cap: int
     peer_jobs: int
@@ -72,10 +77,14 @@ def snapshot(node: Node, now_ms: int) -> NodeStatus:
         model=engine.model if engine else "",
         context_tokens=engine.context_tokens if engine else 0,
         slots=queue.slots,
+        backend=engine.backend if engine else "",
+        threads=engine.threads if engine else 0,
+        budget_tokens=engine.budget_tokens if engine else 0,
         waiting=len(queue.waiting),
         running=len(queue.running),
         expected_wait_ms=queue.expected_wait_ms(),
         service_ms=queue.times.measured(),
+        rates=queue.times.rates,
         prompts=len(node.runs),
         own_requests_cap=node.settings.own_requests,
         peer_jobs=node.peer_jobs(),

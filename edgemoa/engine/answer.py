@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -10,12 +11,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from edgemoa.core.events import Finish, WorkDone
+from edgemoa.core.events import Finish, TokenLogprob, WorkDone
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine.frames import Done, Event, Generate, Text
-from edgemoa.engine.sampling import Sampler
+from edgemoa.engine.guidance import Guidance, Guide
+from edgemoa.engine.sampling import Sampler, likeliest, logprobs
 from edgemoa.engine.text import Detokenizer, Loop, StopText
-from edgemoa.errors import PromptTooLongError
+from edgemoa.errors import EngineError, PromptTooLongError, UserError
 from edgemoa.text.template import ChatTemplate, load_template
 from edgemoa.text.tokens import Tokens, load_tokens
 
@@ -35,6 +37,7 @@ its default (181 against 180 tok/s; 126 without spinning); with another model pr
 cores a quarter faster than the default."""
 
 _MAX_CAUSE_CHARACTERS: Final = 160
+_MOST_HELD: Final = 512  # a stop string has 256 characters
 
 
 class Reader:
@@ -44,11 +47,30 @@ class Reader:
         self.tokens = tokens
         self.context_tokens = context_tokens
         self._template = template
+        self._guidance = Guidance(tokens)
 
     def read(self, messages: tuple[ChatMessage, ...]) -> list[int]:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
         prompt = self._template.render(self.tokens.guard(messages))
         return self.tokens.encode_prompt(prompt)
+
+    def read_begun(self, messages: tuple[ChatMessage, ...]) -> list[int]:
+        """The tokens that a conversation begins with of which the last message goes on, whatever
+        follows. Where the assistant goes on, the user follows: templates want it so.
+
+        The last tokens may come out otherwise once it is known what follows. Raises
+        :class:`InvalidPromptError`.
+        """
+        *before, last = messages
+        follows = (ChatMessage("user", "?"),) if last.role == "assistant" else ()
+        one, other = (
+            self._template.render(
+                self.tokens.guard((*before, ChatMessage(last.role, last.content + more), *follows))
+            )
+            for more in "AB"
+        )
+        alike = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        return self.tokens.encode_prompt(one[: next(alike, len(one))])
 
     def limit(self, prompt: list[int], sampling: Sampling) -> int:
         """How many tokens may follow, one at least. Raises :class:`PromptTooLongError`."""
@@ -60,21 +82,40 @@ class Reader:
             )
         return min(sampling.max_tokens, room)
 
+    def guide(self, schema: str) -> Guide | None:
+        """What an answer that obeys ``schema`` may go on with; None for an empty one.
+
+        Raises :class:`EngineError` where it cannot be obeyed. What is wrong with it was told to the
+        client when it was checked; here it could get into a log.
+        """
+        try:
+            return self._guidance.guide(schema) if schema else None
+        except UserError:
+            raise EngineError("The answer's JSON schema cannot be obeyed.") from None
+
 
 class Answer:
     """One job's text as it grows, and its times: until the first token, and from there on."""
 
     def __init__(
-        self, job: Generate, tokens: Tokens, prompt_tokens: int, limit: int, *, ends_loops: bool
+        self, job: Generate, reader: Reader, prompt: list[int], limit: int, *, ends_loops: bool
     ) -> None:
+        """Raises :class:`EngineError` where the answer cannot be given the form that it should."""
+        wishes, tokens = job.wishes, reader.tokens
         self.job = job
         self.cached_tokens = 0  # of the prompt, that the model had read before
         self.last = -1  # the token to go on from
-        self._end_tokens = tokens.end_of_turn
-        self._prompt_tokens = prompt_tokens
+        self.ahead_tokens = 0  # of those, read ahead of this very job
+        self.model_s = 0.0  # of the model's steps, this job's share
+        self._known = tokens
+        self._prompt_tokens = len(prompt)
         self._limit = limit
         self._tokens = 0
-        self._sampler = Sampler(job.sampling)
+        self._sampler = Sampler(
+            job.sampling, bias=wishes.logit_bias, prompt=prompt, spared=tokens.end_of_turn
+        )
+        self._guide = reader.guide(wishes.schema)
+        self._logprobs = _Logprobs(tokens, wishes.logprobs) if wishes.logprobs >= 0 else None
         self._detokenizer = Detokenizer(tokens)
         self._stop = StopText(job.sampling.stop)
         self._loop = Loop() if ends_loops else None
@@ -89,20 +130,30 @@ class Answer:
     def pick(self, logits: npt.NDArray[np.float32]) -> list[Event]:
         """Choose the next token by a row of logits; a ``Done`` among the events is the end.
 
-        Raises :class:`EngineError` where the model computed no numbers.
+        Raises :class:`EngineError` where the model computed no numbers, or wants a token that
+        nobody knows.
         """
-        token = self._sampler.pick(logits)
+        logits = logits[: self._known.size]
+        allowed = None if self._guide is None else self._guide.allowed()[: len(logits)]
+        token = self._sampler.pick(logits, allowed)
+        if not self._known.knows(token):
+            raise EngineError("The model chose a token that its tokenizer does not know.")
         if self._tokens == 0:
             self._prefilled_s = time.perf_counter()
         self._tokens += 1
         self.last = token
         finish: Finish | None = None
         piece = ""
-        if token in self._end_tokens:
+        if token in self._known.end_of_turn:
             finish = "stop"
         else:
-            piece = self._stop.push(self._detokenizer.push(token))
-            if self._loop is not None and self._loop.push(token):
+            text = self._detokenizer.push(token)
+            if self._logprobs is not None:
+                self._logprobs.push(token, logits, len(text))
+            piece = self._stop.push(text)
+            if self._guide is not None and self._guide.push(token):
+                finish = "stop"
+            elif self._loop is not None and self._loop.push(token):
                 finish = "loop"
             elif self._tokens == self._limit:
                 finish = "length"
@@ -110,11 +161,15 @@ class Answer:
             piece += self._stop.finish()
         if self._stop.stopped:
             finish = "stop"
+        told: tuple[TokenLogprob, ...] = ()
+        if self._logprobs is not None:
+            rest = finish is not None and not self._stop.stopped
+            told = self._logprobs.pop(len(piece), rest=rest)
         events: list[Event] = []
         if piece:
             self._text.append(piece)
-            if self.job.stream:
-                events.append(Text(self.job.job_id, piece))
+        if self.job.stream and (piece or told):
+            events.append(Text(self.job.job_id, piece, told))
         if finish is not None:
             events.append(Done(self.job.job_id, self._result(finish)))
         return events
@@ -129,7 +184,40 @@ class Answer:
             prefill_ms=round((self._prefilled_s - self._started_s) * 1000),
             decode_ms=round((now_s - self._prefilled_s) * 1000),
             cached_tokens=self.cached_tokens,
+            model_ms=round(self.model_s * 1000),
+            ahead_tokens=self.ahead_tokens,
         )
+
+
+class _Logprobs:
+    """The tokens' probabilities, each held back until the text has come to where it begins: so all
+    of them that are told make up the text, and none is of what a stop string has cut off."""
+
+    def __init__(self, tokens: Tokens, alternatives: int) -> None:
+        self._tokens = tokens
+        self._alternatives = alternatives
+        self._written = 0  # characters, as far as they are complete
+        self._told = 0  # of these
+        self._held: deque[tuple[int, TokenLogprob]] = deque()  # with where each begins
+
+    def push(self, token: int, logits: npt.NDArray[np.float32], completes: int) -> None:
+        """A token that was picked, the logits that it was picked by, and how many characters are
+        complete with it that were not before."""
+        best = likeliest(logits, self._alternatives) if self._alternatives else np.empty(0, np.intp)
+        first, *others = logprobs(logits, np.concatenate(([token], best)))
+        top = zip(map(self._tokens.piece, map(int, best)), others, strict=True)
+        told = TokenLogprob(self._tokens.piece(token), first, tuple(top))
+        self._held.append((self._written, told))
+        self._written += completes
+
+    def pop(self, characters: int, *, rest: bool) -> tuple[TokenLogprob, ...]:
+        """Those that so many more characters have come to; or all."""
+        self._told += characters
+        held, popped = self._held, []
+        # Tokens without any text are not heaped up for one that has some.
+        while held and (rest or held[0][0] < self._told or len(held) > _MOST_HELD):
+            popped.append(held.popleft()[1])
+        return tuple(popped)
 
 
 def load_reader(model_dir: Path, context_tokens: int) -> Reader:

@@ -7,19 +7,24 @@ says arrives as calls of :class:`EngineEvents`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
-from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
+from edgemoa.core import limits
+from edgemoa.core.events import EngineInfo, Job, TokenLogprob, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage
+from edgemoa.core.rates import Rates
 from edgemoa.engine import frames
-from edgemoa.errors import EngineError, InvalidPromptError
+from edgemoa.engine.tuning import Tuning
+from edgemoa.errors import EngineError, InvalidPromptError, PromptTooLongError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +34,10 @@ FIRST_DELAY_S: Final = 0.25
 MAX_DELAY_S: Final = 30.0
 SETTLED_S: Final = 60.0  # a process that was ready for so long starts the delays anew
 GRACE_S: Final = 1.0  # for a process to end by itself
+CHECK_S: Final = 30.0  # for a schema to be checked: a second of processor time, on a busy board
 
 _READ_BYTES: Final = 65536
+_KEPT_CHECKS: Final = 64
 _MAX_LOG_BYTES: Final = 65536  # of one process
 _KEPT_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
@@ -45,7 +52,7 @@ class EngineEvents(Protocol):
         """The model process died, hung or could not load. Its jobs are gone; another process
         follows by itself. ``reason`` is a sentence for the user, with what to do where known."""
 
-    def on_text(self, job_id: int, text: str) -> None:
+    def on_text(self, job_id: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """The next piece of a job with ``stream``."""
 
     def on_done(self, job_id: int, result: WorkDone) -> None:
@@ -54,12 +61,17 @@ class EngineEvents(Protocol):
     def on_failed(self, job_id: int, failure: WorkFailed) -> None:
         """The job could not be done; the process goes on."""
 
+    def on_rates(self, rates: Rates) -> None:
+        """How fast the model process has been so far, over all its jobs."""
+
 
 class Engine:
     """One model process at a time.
 
     ``pid`` is the process's, None while there is none. ``restarts`` counts the processes after the
-    first. ``backend``, ``slots`` and ``ends_loops`` are the settings of the same names (see
+    first. ``tuning`` is what the process found where it was asked to tune first, for ``tune_s``
+    seconds or so; ``note`` why it does not run as it was to. ``backend``, ``provider``,
+    ``memory_mb``, ``slots`` and ``ends_loops`` are the settings of the same names (see
     :class:`edgemoa.config.Model`). ``hang_s``, ``load_s`` and ``settled_s`` replace the constants
     above.
     """
@@ -72,7 +84,11 @@ class Engine:
         events: EngineEvents,
         *,
         backend: Literal["auto", "slots", "genai"] = "auto",
+        provider: str = "cpu",
         slots: int = 0,
+        most_slots: int = 0,
+        memory_mb: int = 0,
+        tune_s: float = 0.0,
         ends_loops: bool = True,
         hang_s: float = HANG_S,
         load_s: float = LOAD_S,
@@ -80,10 +96,18 @@ class Engine:
     ) -> None:
         self.pid: int | None = None
         self.restarts = 0
+        self.tuning: Tuning | None = None
+        self.note = ""
+        self._fallen_back = ""
         self._model_dir = model_dir
         self._model_name = model_name
         self._events = events
-        self._options = ["--threads", str(threads), "--backend", backend, "--slots", str(slots)]
+        self._threads = threads
+        self._slots = slots
+        self._most_slots = most_slots
+        self._tune_s = tune_s
+        self._provider = provider
+        self._options = ["--backend", backend, "--memory", str(memory_mb)]
         if not ends_loops:
             self._options.append("--keep-loops")
         self._hang_s = hang_s
@@ -93,8 +117,13 @@ class Engine:
         self._stdin: asyncio.StreamWriter | None = None  # of the process, while there is one
         self._ready_at: float | None = None  # loop time
         self._jobs: set[int] = set()
+        self._reads_ahead = False  # whether the process can use what would be read
+        self._ahead: set[str] = set()  # of whom it was told what to read
         self._calls: dict[int, asyncio.Future[int]] = {}
+        self._scores: dict[int, asyncio.Future[tuple[frames.Likelihood, ...]]] = {}
         self._last_call = 0
+        self._checking = asyncio.Lock()
+        self._checked: dict[bytes, None] = {}  # schemas that can be obeyed
         self._quiet_s = 0.0  # since the last word of a process that has something to do
         self._verdict = ""  # why the process is about to end, where that is known
 
@@ -123,7 +152,7 @@ class Engine:
         Every way to fail is an event, never from inside this call: ``on_failed`` where the process
         could not take such a prompt or there is none, ``on_lost`` where it dies, or has just died.
         """
-        frame = frames.Generate(job.job_id, job.messages, job.sampling, job.stream)
+        frame = frames.Generate(job.job_id, job.messages, job.sampling, job.stream, job.wishes)
         self._jobs.add(job.job_id)
         try:
             self._send(frame)
@@ -139,6 +168,17 @@ class Engine:
             self._jobs.discard(job_id)
             with suppress(EngineError):  # down, and the job with it
                 self._send(frames.Cancel(job_id))
+
+    def read_ahead(self, request_id: str, messages: tuple[ChatMessage, ...]) -> None:
+        """See :class:`edgemoa.core.events.ReadAhead`. Nothing comes of it but time saved, so
+        nothing is said where it cannot be done."""
+        if self._ready_at is None or not self._reads_ahead:
+            return
+        if not messages and request_id not in self._ahead:
+            return
+        with suppress(EngineError, InvalidPromptError):
+            self._send(frames.ReadAhead(request_id, messages))
+            (self._ahead.add if messages else self._ahead.discard)(request_id)
 
     async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
         """Count a conversation's tokens, chat template included; waits while the model loads.
@@ -156,6 +196,61 @@ class Engine:
             return await answer
         finally:
             self._calls.pop(call_id, None)
+
+    async def score(
+        self, messages: tuple[ChatMessage, ...], candidates: Sequence[str]
+    ) -> tuple[frames.Likelihood, ...]:
+        """How likely the model would have answered with each of the candidates, in their order.
+
+        Waits while the model loads, and for a slot like a job; cancelled, it frees the slot within
+        one step. Raises :class:`InvalidPromptError` for what is empty, too large or not Unicode,
+        :class:`PromptTooLongError` for a candidate that does not fit behind the conversation, and
+        :class:`EngineError` where the model cannot score, while there is no process, or when it
+        dies meanwhile.
+        """
+        if not candidates or not all(candidates):
+            raise InvalidPromptError("There is nothing to score: a candidate is empty.")
+        if len(candidates) > limits.MAX_CANDIDATES:
+            raise InvalidPromptError(
+                f"{len(candidates)} candidates are too many; {limits.MAX_CANDIDATES} are scored at"
+                " a time."
+            )
+        self._last_call += 1
+        job_id = -self._last_call
+        answer: asyncio.Future[tuple[frames.Likelihood, ...]]
+        answer = asyncio.get_running_loop().create_future()
+        self._send(frames.Score(job_id, messages, tuple(candidates)))
+        self._scores[job_id] = answer
+        try:
+            return await answer
+        finally:
+            del self._scores[job_id]
+            if answer.cancelled():
+                with suppress(EngineError):  # down, and the job with it
+                    self._send(frames.Cancel(job_id))
+
+    async def check_schema(self, schema: str) -> None:
+        """See whether an answer can be held to a JSON schema, in a process of its own, one at a
+        time: some schemas take time and memory without end.
+
+        Raises :class:`UserError` for one that does, or that cannot be obeyed, and
+        :class:`EngineError` where schemas cannot be checked here.
+        """
+        digest = hashlib.sha256(schema.encode()).digest()
+        async with self._checking:
+            if digest in self._checked:
+                return
+            status, said = await _run_check(schema.encode())
+        if status == EngineError.exit_code:
+            raise EngineError(said, hint="Install edgemoa again, with its dependencies.")
+        if status:
+            raise UserError(
+                said or "The JSON schema takes too much time or memory to be made a grammar of",
+                hint="use another one",
+            )
+        self._checked[digest] = None
+        if len(self._checked) > _KEPT_CHECKS:
+            del self._checked[next(iter(self._checked))]  # the oldest
 
     # --- the life of the processes
 
@@ -183,19 +278,20 @@ class Engine:
             self._forget("The engine was stopped.")
 
     async def _spawn(self) -> Process:
-        package_dir = Path(__file__).parents[2]  # so that the child runs this very code
-        environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # nothing from whatever folder the daemon was started in
             *("-m", "edgemoa.engine.worker"),
             str(self._model_dir.absolute()),
+            *("--threads", str(self._threads)),
+            *("--slots", str(self._slots), "--most-slots", str(self._most_slots)),
+            *("--provider", self._provider, "--tune", str(self._tune_s)),
             *self._options,
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
             cwd="/",
-            env=environment | {"PYTHONPATH": str(package_dir)},
+            env=_environment(),
             start_new_session=True,  # signals from the terminal are the daemon's to act on
         )
         self.pid = process.pid
@@ -245,7 +341,7 @@ class Engine:
         while True:
             await asyncio.sleep(tick_s)
             loading = self._ready_at is None
-            busy = loading or self._jobs or self._calls
+            busy = loading or self._jobs or self._calls or self._scores
             self._quiet_s = self._quiet_s + tick_s if busy else 0.0
             if self._quiet_s >= (self._load_s if loading else self._hang_s):
                 doing = "loading the model" if loading else "at work"
@@ -258,6 +354,13 @@ class Engine:
 
     def _lose(self, reason: str) -> None:
         log.warning("model process lost: %s", reason)
+        self._tune_s = 0.0  # whatever ended it, the next one is to be ready
+        if self._ready_at is None and self._provider != "cpu":
+            self._fallen_back = (
+                f"model.provider {self._provider} cannot be used, the CPU is: {reason}"
+            )
+            self._provider = "cpu"
+            log.warning("%s", self._fallen_back)
         self._forget(reason)
         self._events.on_lost(reason)
 
@@ -265,7 +368,9 @@ class Engine:
         """Nothing that was handed to the process will be answered any more."""
         self._ready_at = None
         self._jobs.clear()
-        for answer in self._calls.values():
+        self._ahead.clear()
+        waiting: list[asyncio.Future[Any]] = [*self._calls.values(), *self._scores.values()]
+        for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineError(reason))
         self._calls.clear()
@@ -300,20 +405,13 @@ class Engine:
     def _handle(self, event: frames.Event) -> None:
         self._quiet_s = 0.0
         match event:
-            case frames.Ready(context_tokens, slots, load_ms, backend, note):
-                log.info(
-                    "model loaded in %d ms by back end %s, %d jobs at a time, context of %d tokens",
-                    load_ms, backend, slots, context_tokens,
-                )  # fmt: skip
-                if note:
-                    log.info("%s", note)
-                self._ready_at = asyncio.get_running_loop().time()
-                self._events.on_ready(EngineInfo(self._model_name, context_tokens, slots))
+            case frames.Ready():
+                self._loaded(event)
             case frames.Broken(reason):
                 self._verdict = reason
-            case frames.Text(job_id, text):
+            case frames.Text(job_id, text, logprobs):
                 if job_id in self._jobs:
-                    self._events.on_text(job_id, text)
+                    self._events.on_text(job_id, text, logprobs)
             case frames.Done(job_id, result):
                 if job_id in self._jobs:
                     self._jobs.discard(job_id)
@@ -322,6 +420,13 @@ class Engine:
                 if job_id in self._jobs:
                     self._jobs.discard(job_id)
                     self._events.on_failed(job_id, failure)
+                elif (scores := self._scores.get(job_id)) is not None and not scores.done():
+                    long = failure.code == "context"
+                    kind = PromptTooLongError if long else EngineError
+                    scores.set_exception(kind(failure.reason))
+            case frames.Scored(job_id, told):
+                if (scores := self._scores.get(job_id)) is not None and not scores.done():
+                    scores.set_result(told)
             case frames.Measured(call_id, tokens, refused):
                 answer = self._calls.get(call_id)
                 if answer is None or answer.done():
@@ -330,8 +435,67 @@ class Engine:
                     answer.set_exception(InvalidPromptError(refused))
                 else:
                     answer.set_result(tokens)
+            case frames.Pace(rates):
+                self._events.on_rates(rates)
             case frames.Progress():
                 pass
+
+    def _loaded(self, ready: frames.Ready) -> None:
+        log.info(
+            "model loaded in %d ms by back end %s, %d jobs at a time, context of %d tokens,"
+            " room for %d",
+            ready.load_ms, ready.backend, ready.slots, ready.context_tokens, ready.budget_tokens,
+        )  # fmt: skip
+        self.note = ready.note or self._fallen_back
+        if ready.note:
+            log.warning("%s", ready.note)
+        self._tune_s = 0.0
+        self.tuning = ready.tuning
+        if ready.tuning is not None:
+            self._threads, self._most_slots = ready.tuning.threads, ready.tuning.slots
+        self._ready_at = asyncio.get_running_loop().time()
+        self._reads_ahead = ready.reads_ahead
+        self._events.on_ready(
+            EngineInfo(
+                model=self._model_name,
+                context_tokens=ready.context_tokens,
+                slots=ready.slots,
+                backend=ready.backend,
+                threads=self._threads,
+                budget_tokens=ready.budget_tokens,
+            )
+        )
+
+
+async def _run_check(schema: bytes) -> tuple[int, str]:
+    """How the child that checks a schema ended, and what it said."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "edgemoa.engine.guidance"),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,
+            cwd="/",
+            env=_environment(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EngineError(f"The JSON schema cannot be checked: {error.strerror}.") from error
+    try:
+        async with asyncio.timeout(CHECK_S):
+            said, _ = await process.communicate(schema)
+    except TimeoutError:
+        raise EngineError("The JSON schema could not be checked in time.") from None
+    finally:
+        await _end(process)
+    assert process.returncode is not None  # noqa: S101 - it has ended
+    return process.returncode, said.decode(errors="replace")
+
+
+def _environment() -> dict[str, str]:
+    """Of a child: a few variables of this process, and the path to this very code."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    return kept | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 async def _end(process: Process) -> None:

@@ -8,13 +8,15 @@ behind, so both sides check what they read against these types and against
 
 from __future__ import annotations
 
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Annotated, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
 from edgemoa.core import limits
-from edgemoa.core.events import WorkDone, WorkFailed
+from edgemoa.core.events import TokenLogprob, Wishes, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.core.rates import Rates
+from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import EngineError, InvalidPromptError
 
 _LENGTH_BYTES: Final = 4
@@ -30,12 +32,21 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stream: bool  # report text as it is written
+    wishes: Wishes = Wishes()
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Drop a job, waiting or running. Nothing where there is no such job."""
 
     job_id: int
+
+
+class ReadAhead(msgspec.Struct, frozen=True, tag="read_ahead"):
+    """Read, behind the jobs, what some prompt will begin with; see
+    :class:`edgemoa.core.events.ReadAhead`. Nothing is said of it."""
+
+    key: str  # of whose prompt; a later one of the same replaces it
+    messages: tuple[ChatMessage, ...]  # empty: read no further
 
 
 class Measure(msgspec.Struct, frozen=True, tag="measure"):
@@ -45,7 +56,22 @@ class Measure(msgspec.Struct, frozen=True, tag="measure"):
     messages: tuple[ChatMessage, ...]
 
 
-Op: TypeAlias = Generate | Cancel | Measure
+class Score(msgspec.Struct, frozen=True, tag="score"):
+    """Say how likely the model would have written each candidate as its answer. It takes its turn
+    and a slot like a job, and is cancelled like one; its number is below 0, where no job's is."""
+
+    job_id: int
+    messages: tuple[ChatMessage, ...]
+    candidates: Annotated[
+        tuple[
+            Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_PROPOSAL_BYTES)],
+            ...,
+        ],
+        msgspec.Meta(min_length=1, max_length=limits.MAX_CANDIDATES),
+    ]
+
+
+Op: TypeAlias = Generate | Cancel | Measure | ReadAhead | Score
 
 
 # --- from the model process
@@ -59,6 +85,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     load_ms: int
     backend: str = ""
     note: str = ""  # why it is not the back end that was wished for
+    budget_tokens: int = 0  # that all jobs together may hold
+    reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
+    threads: int = 0
+    tuning: Tuning | None = None  # where it was asked to tune first
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
@@ -68,10 +98,12 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
-    """The next piece of a streamed job: whole characters, never part of a stop string."""
+    """The next piece of a streamed job: whole characters, never part of a stop string; and the
+    ``logprobs`` of its tokens, if the job asks for them."""
 
     job_id: int
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -96,11 +128,32 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
     refused: str = ""
 
 
+class Likelihood(msgspec.Struct, frozen=True):
+    """A candidate's score: the mean of its tokens' log-probabilities (0 at most), and how many
+    tokens it has."""
+
+    log_probability: float
+    tokens: int
+
+
+class Scored(msgspec.Struct, frozen=True, tag="scored"):
+    """The answer to :class:`Score`, a score for each candidate. Where there is none: ``Failed``."""
+
+    job_id: int
+    scores: tuple[Likelihood, ...]
+
+
+class Pace(msgspec.Struct, frozen=True, tag="pace"):
+    """How fast the model has been so far. Said now and then, beside other news."""
+
+    rates: Rates
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """A model step was finished. Said now and then between steps, by the thread that makes them."""
 
 
-Event: TypeAlias = Ready | Broken | Text | Done | Failed | Measured | Progress
+Event: TypeAlias = Ready | Broken | Text | Done | Failed | Measured | Progress | Pace | Scored
 
 T = TypeVar("T")
 

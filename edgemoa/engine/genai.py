@@ -8,13 +8,15 @@ here (see :mod:`edgemoa.engine.sampling` and :mod:`edgemoa.engine.text` for why)
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnxruntime_genai as og
 
 from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.core.rates import Meter
 from edgemoa.engine.answer import (
     CHUNKS,
     SPIN_US,
@@ -25,7 +27,7 @@ from edgemoa.engine.answer import (
     find_chunk,
     load_reader,
 )
-from edgemoa.engine.frames import Done, Event, Failed, Generate
+from edgemoa.engine.frames import Done, Event, Failed, Generate, Score
 from edgemoa.engine.sampling import Sampler
 from edgemoa.errors import EngineError, ModelInvalidError
 from edgemoa.text.files import IMPORT_AGAIN
@@ -37,33 +39,43 @@ class GenaiBackend:
 
     name = "genai"
     slots = 1
+    reads_ahead = False  # a prompt begins with an empty memory
+    has_to_read = False
 
     def __init__(self, model: Any, reader: Reader, *, ends_loops: bool) -> None:
         self.context_tokens = reader.context_tokens
+        self.budget_tokens = reader.context_tokens
         self.chunk_tokens = CHUNKS[-1]
+        self.meter = Meter()
         self._model = model
         self._reader = reader
         self._ends_loops = ends_loops
         self._answer: Answer | None = None
         self._generator: Any = None
         self._unfed: list[int] = []  # what the model has not seen yet
+        self._fed = 0  # tokens that it has
 
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
         return len(self._reader.read(messages))
 
-    def admit(self, job: Generate) -> bool:
+    def admit(self, job: Generate | Score) -> bool:
         """Make ``job`` the one that :meth:`step` works on.
 
         Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, or :class:`EngineError`
-        where there is no memory for it.
+        where there is no memory for it, and for texts to score.
         """
+        if isinstance(job, Score):
+            raise EngineError("The genai back end does not score texts.", hint=IMPORT_AGAIN)
         prompt = self._reader.read(job.messages)
         limit = self._reader.limit(prompt, job.sampling)
-        answer = Answer(job, self._reader.tokens, len(prompt), limit, ends_loops=self._ends_loops)
+        answer = Answer(job, self._reader, prompt, limit, ends_loops=self._ends_loops)
         self._generator = self._new_generator(len(prompt) + limit)
-        self._answer, self._unfed = answer, prompt
+        self._answer, self._unfed, self._fed = answer, prompt, 0
         return True
+
+    def forget(self) -> None:
+        """Nothing: nothing is kept."""
 
     def drop(self, job_id: int) -> None:
         """Forget the job, if it is the one; its memory is free when this returns."""
@@ -75,10 +87,12 @@ class GenaiBackend:
         answer = self._answer
         if answer is None:
             return []
+        started_s = time.perf_counter()
         try:
             taken = chunk_of(len(self._unfed), self.chunk_tokens)
             chunk, self._unfed = self._unfed[:taken], self._unfed[taken:]
             self._generator.append_tokens(chunk)
+            self._account(answer, taken, time.perf_counter() - started_s)
             if self._unfed:
                 return []
             events = answer.pick(self._generator.get_logits()[0, -1])
@@ -91,6 +105,17 @@ class GenaiBackend:
         if any(isinstance(event, Done | Failed) for event in events):
             self.drop(answer.job.job_id)
         return events
+
+    def read_ahead(self, key: str, messages: tuple[ChatMessage, ...]) -> None:
+        """Nothing: see ``reads_ahead``."""
+
+    def _account(self, answer: Answer, taken: int, seconds: float) -> None:
+        answer.model_s += seconds
+        if answer.last < 0:
+            self.meter.observe_prefill(taken, self._fed, 1000 * seconds)
+        else:
+            self.meter.observe_decode(1, self._fed, 1000 * seconds)
+        self._fed += taken
 
     def warm_up(self) -> None:
         """Run the model once on something harmless: brings its weights into memory, shows whether
@@ -119,8 +144,28 @@ class GenaiBackend:
             ) from error
 
 
-def load(model_dir: Path, threads: int, *, ends_loops: bool = True) -> GenaiBackend:
+PROVIDERS: Final = {
+    "cuda": "cuda",
+    "migraphx": "MIGraphX",
+    "nvtensorrtrtx": "NvTensorRtRtx",
+    "openvino": "OpenVINO",
+    "qnn": "QNN",
+    "webgpu": "WebGPU",
+}
+"""Execution providers beside the CPU's, by their name in the settings: what genai calls them."""
+
+
+class ProviderError(Exception):
+    """An execution provider that does not run this model here, and why. Never meets a person."""
+
+
+def load(
+    model_dir: Path, threads: int, *, provider: str = "cpu", ends_loops: bool = True
+) -> GenaiBackend:
     """Load a model folder, ready to work.
+
+    :param provider: of :data:`PROVIDERS`. Raises :class:`ProviderError` for one that cannot be
+        used.
 
     Raises :class:`ModelInvalidError` with what is wrong with the folder, :class:`EngineError` for
     a model that loads and does not compute.
@@ -137,10 +182,17 @@ def load(model_dir: Path, threads: int, *, ends_loops: bool = True) -> GenaiBack
     try:
         config = og.Config(str(model_dir))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
+        if provider != "cpu":
+            config.clear_providers()
+            config.append_provider(PROVIDERS[provider])
         model = og.Model(config)
-    except (RuntimeError, MemoryError) as error:
+        backend = GenaiBackend(model, load_reader(model_dir, context), ends_loops=ends_loops)
+        backend.warm_up()
+    except (RuntimeError, MemoryError, EngineError) as error:
         said = cause(error).replace(f"{model_dir}/", "")
+        if provider != "cpu":
+            raise ProviderError(said) from error
+        if isinstance(error, EngineError):
+            raise
         raise ModelInvalidError(f"The model cannot be loaded: {said}", hint=IMPORT_AGAIN) from error
-    backend = GenaiBackend(model, load_reader(model_dir, context), ends_loops=ends_loops)
-    backend.warm_up()
     return backend

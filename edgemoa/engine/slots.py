@@ -3,7 +3,8 @@
 Each job has a slot, a row of the :class:`~edgemoa.engine.cache.Cache` that a run of the graph
 reads as its past and writes as its present, in place. All jobs that write make their next token in
 one run over neighbouring rows; a prompt is read in its own row, a chunk between two such runs. A
-slot whose job has ended keeps what was read, for the next prompt that begins alike.
+slot whose job has ended keeps what was read, for the next prompt that begins alike; and what a
+prompt will surely begin with can be read ahead of it, in a slot that nobody needs.
 
 **A job's text does not depend on what else runs.** Rows of a run are computed as each would be by
 itself (:meth:`SlotsBackend.warm_up` looks whether that is so on this machine), and a prompt's keys
@@ -14,6 +15,7 @@ token's attention is computed by another kernel than several tokens', with other
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy.typing as npt
 
 from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.core.rates import Meter
 from edgemoa.engine.answer import (
     CHUNKS,
     SPIN_US,
@@ -35,8 +38,10 @@ from edgemoa.engine.answer import (
     load_reader,
 )
 from edgemoa.engine.cache import Cache
-from edgemoa.engine.frames import Done, Event, Failed, Generate
+from edgemoa.engine.frames import Done, Event, Failed, Generate, Score, Scored
+from edgemoa.engine.memory import available_bytes
 from edgemoa.engine.sampling import Sampler
+from edgemoa.engine.score import LOGITS_BYTES, Scoring, scoring
 from edgemoa.errors import EngineError, ModelInvalidError
 from edgemoa.text.files import IMPORT_AGAIN
 from edgemoa.text.settings import CONFIG, Config, read_config
@@ -49,6 +54,8 @@ WORTH_REUSING: Final = 8  # tokens: a prefill step saved
 
 _SCRATCH: Final = 0  # the row beside the first slot that holds nothing of anybody's
 _FIRST: Final = 1
+_WANTED: Final = "wanted_positions"
+_SCORES: Final = "wanted_logits"
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -71,7 +78,7 @@ class Graph:
         self.vocabulary = config.model.vocab_size
         fits = (
             inputs.keys() == {"input_ids", "attention_mask", *self._past}
-            and outputs.keys() == {"logits", *self._present}
+            and outputs.keys() - {"hidden", _SCORES} == {"logits", *self._present}
             and len(self._past) == 2 * decoder.num_hidden_layers
             and all(
                 inputs[each].type == "tensor(int64)" for each in ("input_ids", "attention_mask")
@@ -88,6 +95,8 @@ class Graph:
         self.cache = Cache(len(self._past), rows, heads, config.model.context_length, size)
         self._logits = np.empty((rows, 1, self.vocabulary), np.float32)
         self._bindings: dict[tuple[int, int], Any] = {}
+        optional = {each.name for each in session.get_overridable_initializers()}
+        self.scores = _WANTED in optional and _SCORES in outputs
 
     def run(
         self, first: int, tokens: npt.NDArray[np.int64], lengths: list[int]
@@ -102,13 +111,31 @@ class Graph:
         binding = self._bindings.get((first, rows))
         if binding is None:
             binding = self._bindings[first, rows] = self._bind(first, rows)
-        for name, array in (("input_ids", tokens), ("attention_mask", mask)):
+        self._run(binding, input_ids=tokens, attention_mask=mask)
+        return self._logits[:rows, 0]
+
+    def read_all(
+        self, row: int, tokens: npt.NDArray[np.int64], length: int
+    ) -> npt.NDArray[np.float32]:
+        """As :meth:`run` for one row, with the logits [count, vocabulary] of all its tokens, in an
+        array of their own. Only where ``scores`` says that the graph can.
+        """
+        count = len(tokens)
+        logits = np.empty((1, count, self.vocabulary), np.float32)
+        binding = self._bind(row, 1)
+        binding.bind_output(_SCORES, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        mask, wanted = np.ones((1, length), np.int64), np.arange(count)
+        inputs = {"input_ids": tokens[None], "attention_mask": mask, _WANTED: wanted}
+        self._run(binding, **inputs)
+        return logits.reshape(count, -1)
+
+    def _run(self, binding: Any, **inputs: npt.NDArray[np.int64]) -> None:
+        for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own derive from nothing in particular
             raise EngineError(f"The model failed: {cause(error)}") from error
-        return self._logits[:rows, 0]
 
     def _bind(self, first: int, rows: int) -> Any:
         binding = self._session.io_binding()
@@ -131,34 +158,47 @@ class _Slot:
     prompt: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     read: int = 0
     length: int = 0
-    answer: Answer | None = None
+    answer: Answer | Scoring | None = None
     worst: int = 0  # tokens, at the end of the job
     used: int = 0  # when it was last given a job; of two, the later has more
+    ahead: str = ""  # without a job: the prompt is read ahead of the one that goes by this key
+    ahead_tokens: int = 0  # of what lies here, that were read so, for no job yet
+    ahead_s: float = 0.0  # what that took
 
     @property
     def reading(self) -> bool:
         return self.answer is not None and self.read < len(self.prompt)
 
     @property
+    def claims(self) -> int:
+        """Tokens that lie here, or will, where there is no job."""
+        return max(self.length, len(self.prompt)) if self.ahead else self.length
+
+    @property
     def writing(self) -> bool:
-        return self.answer is not None and self.read == len(self.prompt)
+        return isinstance(self.answer, Answer) and self.read == len(self.prompt)
+
+    @property
+    def scoring(self) -> bool:
+        return isinstance(self.answer, Scoring) and self.read == len(self.prompt)
 
     def shares(self, prompt: npt.NDArray[np.int64]) -> int:
         """How many tokens that ``prompt`` begins with are there already.
 
         The last two are read anew: the last for its logits, and never a token by itself (CHUNKS).
         """
-        most = min(self.read, len(prompt) - 2)
-        if most <= 0:
-            return 0
-        differs = self.prompt[:most] != prompt[:most]
-        return int(differs.argmax()) if differs.any() else most
+        return _alike(self.prompt[: self.read], prompt[: max(len(prompt) - 2, 0)])
+
+    def is_ahead_of(self, prompt: npt.NDArray[np.int64]) -> bool:
+        """Whether ``prompt`` is what is read ahead of here, but for how that ends."""
+        return bool(self.ahead) and _alike(self.prompt, prompt) > len(self.prompt) - WORTH_REUSING
 
 
 class SlotsBackend:
     """A loaded model and the jobs that it works on."""
 
     name = "slots"
+    reads_ahead = True
 
     def __init__(
         self, graph: Graph, reader: Reader, slots: int, budget_tokens: int, *, ends_loops: bool
@@ -175,20 +215,26 @@ class SlotsBackend:
         self._ends_loops = ends_loops
         self._slots = [_Slot() for _ in range(slots)]  # in the order of their rows
         self._jobs: list[_Slot] = []  # in the order in which they came
-        self._given = 0  # jobs so far
+        self._given = 0  # prompts so far
+        self._owed_s = 0.0  # that jobs which write have waited for what is read ahead
+        self.meter = Meter()
 
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
         return len(self._reader.read(messages))
 
-    def admit(self, job: Generate) -> bool:
+    def admit(self, job: Generate | Score) -> bool:
         """Give ``job`` a slot; False where other jobs may come to need the memory for it.
 
         Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, or :class:`EngineError`
         where there is no memory for it.
         """
         prompt = self._reader.read(job.messages)
-        limit = self._reader.limit(prompt, job.sampling)
+        if isinstance(job, Score):
+            scores = self._scoring(job, prompt)
+            limit = scores.longest
+        else:
+            limit = self._reader.limit(prompt, job.sampling)
         worst = len(prompt) + limit
         if worst > self.budget_tokens:
             raise EngineError(
@@ -197,9 +243,16 @@ class SlotsBackend:
             )
         if worst + sum(slot.worst for slot in self._jobs) > self.budget_tokens:
             return False
+        if isinstance(job, Score):
+            answer: Answer | Scoring = scores
+        else:
+            answer = Answer(job, self._reader, prompt, limit, ends_loops=self._ends_loops)
         tokens = np.array(prompt, np.int64)
         slot, source = self._choose(tokens)
         shared = source.shares(tokens)
+        if isinstance(answer, Answer) and source.read - shared < WORTH_REUSING:
+            answer.ahead_tokens, answer.model_s = min(source.ahead_tokens, shared), source.ahead_s
+            source.ahead_tokens, source.ahead_s = 0, 0.0
         self._given += 1
         slot.used = self._given
         if source is slot:
@@ -207,15 +260,21 @@ class SlotsBackend:
         else:
             self._keep(slot, 0)
         slot.prompt, slot.worst = tokens, worst
-        slot.answer = Answer(
-            job, self._reader.tokens, len(prompt), limit, ends_loops=self._ends_loops
-        )
+        slot.answer = answer
         slot.answer.cached_tokens = slot.read
         self._jobs.append(slot)
         self._make_room(source)
         if source is not slot:
             self._take_over(slot, source)
         return True
+
+    def _scoring(self, job: Score, prompt: list[int]) -> Scoring:
+        if not self._graph.scores:
+            raise EngineError(
+                "The model was imported by an earlier edgemoa, whose graphs do not score texts.",
+                hint=IMPORT_AGAIN,
+            )
+        return scoring(job, self._reader.tokens, len(prompt), self.context_tokens)
 
     def drop(self, job_id: int) -> None:
         """Free the job's slot; what was read of its prompt stays there."""
@@ -224,16 +283,58 @@ class SlotsBackend:
                 self._free(slot)
                 return
 
+    def forget(self) -> None:
+        """Give back the memory of what is kept of prompts that no job works on."""
+        for slot in self._slots:
+            if slot.answer is None:
+                self._keep(slot, 0)
+
     def step(self) -> list[Event]:
         """A chunk of the oldest prompt that is not read yet, and a token for every job whose is."""
         events: list[Event] = []
-        reading = next((slot for slot in self._jobs if slot.reading), None)
+        reading = next((slot for slot in self._jobs if slot.reading or slot.scoring), None)
         if reading is not None:
-            events += self._guarded([reading], self._read)
+            events += self._guarded([reading], self._score if reading.scoring else self._read)
+        elif self._owed_s <= 0 or not self._jobs:
+            self._read_some_ahead()
         writing = [slot for slot in self._jobs if slot.writing]
         if writing:
             events += self._guarded(writing, self._write)
         return events
+
+    @property
+    def has_to_read(self) -> bool:
+        """Whether something is to be read ahead."""
+        return any(slot.ahead and slot.read < len(slot.prompt) for slot in self._slots)
+
+    def read_ahead(self, key: str, messages: tuple[ChatMessage, ...]) -> None:
+        """Have :meth:`step` read what a prompt will begin with, where no job needs the slot and
+        the memory: a chunk where no job reads, for half of the time where jobs write.
+
+        The job itself finds it by its tokens, however much was read. Replaces what was said under
+        the same key; without messages, reads no further. Raises :class:`InvalidPromptError`.
+        """
+        for slot in self._slots:
+            if slot.ahead == key:
+                slot.ahead = ""
+        if not messages:
+            return
+        tokens = np.array(self._reader.read_begun(messages), np.int64)
+        source = max(self._slots, key=lambda slot: slot.shares(tokens))
+        shared = source.shares(tokens)
+        if len(tokens) < 2:  # never a token by itself (CHUNKS)
+            return
+        places = self._unneeded(source, shared)
+        place = next((it for it in places if self._has_room(len(tokens), it, source)), None)
+        if place is None:
+            return
+        self._given += 1
+        place.used = self._given
+        self._keep(place, shared if place is source else 0)
+        place.prompt, place.ahead = tokens, key
+        self._make_room(source)
+        if place is not source:
+            self._take_over(place, source)
 
     def warm_up(self) -> None:
         """Run the model on something harmless: brings its weights into memory, shows whether it
@@ -270,21 +371,48 @@ class SlotsBackend:
 
     def _read(self, slots: list[_Slot]) -> list[Event]:
         """Read the next chunk of a slot's prompt, and pick a token at its end."""
+        started_s = time.perf_counter()
         (slot,) = slots
         assert slot.answer is not None  # noqa: S101 - else it does not read
         if slot.length == slot.answer.cached_tokens:  # its first chunk
             slot.answer.begin()
             source = max(self._slots, key=lambda each: each.shares(slot.prompt))
             self._take_over(slot, source)  # what another has read since this one came
-        count = chunk_of(len(slot.prompt) - slot.read, self.chunk_tokens)
-        end = slot.read + count
-        chunk = slot.prompt[None, slot.read : end]
-        logits = self._graph.run(self._row(slot), chunk, [end])
+        logits = self._read_chunk(slot)
+        slot.answer.model_s += time.perf_counter() - started_s
+        return [] if slot.reading else self._pick(slot, logits)
+
+    def _read_chunk(self, slot: _Slot) -> npt.NDArray[np.float32]:
+        """Read on in a slot's prompt; the logits of the last token that was read."""
+        started_s = time.perf_counter()
+        start, count = slot.read, chunk_of(len(slot.prompt) - slot.read, self.chunk_tokens)
+        end = start + count
+        chunk = slot.prompt[None, start:end]
+        (logits,) = self._graph.run(self._row(slot), chunk, [end])
         slot.read = slot.length = end
-        return [] if slot.reading else self._pick(slot, logits[0])
+        self.meter.observe_prefill(count, start, 1000 * (time.perf_counter() - started_s))
+        return np.asarray(logits)
+
+    def _read_some_ahead(self) -> None:
+        """A chunk of the oldest of what is to be read ahead."""
+        ahead = [slot for slot in self._slots if slot.ahead and slot.read < len(slot.prompt)]
+        if not ahead:
+            return
+        started_s = time.perf_counter()
+        slot = min(ahead, key=lambda slot: slot.used)
+        before = slot.read
+        try:
+            self._read_chunk(slot)
+        except (EngineError, MemoryError):
+            self._keep(slot, 0)  # whoever asks for that prompt will hear of it
+            return
+        self._owed_s = time.perf_counter() - started_s
+        slot.ahead_tokens += slot.read - before
+        slot.ahead_s += self._owed_s
 
     def _write(self, slots: list[_Slot]) -> list[Event]:
         """A token more for each of the slots, in one run."""
+        started_s = time.perf_counter()
         self._gather(slots)
         slots = sorted(slots, key=self._row)
         first = self._row(slots[0])
@@ -297,10 +425,35 @@ class SlotsBackend:
             )[1:]
         else:
             logits = self._graph.run(first, np.array(tokens, np.int64)[:, None], lengths)
+        share_s = (time.perf_counter() - started_s) / len(slots)
         events: list[Event] = []
         for slot, row in zip(slots, logits, strict=True):
             slot.length += 1
+            if slot.answer is not None:
+                slot.answer.model_s += share_s
             events += self._pick(slot, row)
+        seconds = time.perf_counter() - started_s
+        self._owed_s -= seconds
+        self.meter.observe_decode(len(slots), sum(lengths) / len(slots), 1000 * seconds)
+        return events
+
+    def _score(self, slots: list[_Slot]) -> list[Event]:
+        """Read the next tokens of a slot's candidates, for what they say of those that follow."""
+        started_s = time.perf_counter()
+        (slot,) = slots
+        assert isinstance(slot.answer, Scoring)  # noqa: S101 - else it does not score
+        most = max(2, min(self.chunk_tokens, LOGITS_BYTES // (4 * self._graph.vocabulary)))
+        stretch = slot.answer.next(most)
+        if stretch.start == 0:  # in place of the candidate before
+            self._keep(slot, slot.read)
+        end = slot.read + stretch.end
+        logits = self._graph.read_all(self._row(slot), stretch.tokens, end)
+        slot.length = end
+        events = slot.answer.take(stretch, logits)
+        seconds = time.perf_counter() - started_s
+        slot.answer.model_s += seconds
+        if events:
+            self._free(slot)
         return events
 
     def _pick(self, slot: _Slot, logits: npt.NDArray[np.float32]) -> list[Event]:
@@ -309,7 +462,7 @@ class SlotsBackend:
             events = slot.answer.pick(logits)
         except EngineError as error:
             return self._fail(slot, error)
-        if events and isinstance(events[-1], Done):
+        if events and isinstance(events[-1], Done | Scored):
             self._free(slot)
         return events
 
@@ -349,11 +502,38 @@ class SlotsBackend:
         """A free slot for a prompt, and the slot to take its beginning from, which may be it."""
         source = max(self._slots, key=lambda slot: slot.shares(prompt))
         free = [slot for slot in self._slots if slot.answer is None]
-        # In its place, unless much else lies there that another prompt may begin with.
-        if source in free and 2 * source.shares(prompt) >= source.read:
+        # In its place, unless much else lies there that another prompt may begin with, or anything
+        # that one surely will.
+        little_else = 2 * source.shares(prompt) >= source.read and not source.ahead
+        if source in free and (little_else or source.is_ahead_of(prompt)):
             return source, source
-        slot = min(free, key=lambda slot: (slot.read > 0, slot.used))
+        slot = min(free, key=lambda slot: (bool(slot.ahead), slot.read > 0, slot.used))
         return slot, source
+
+    def _unneeded(self, source: _Slot, shared: int) -> list[_Slot]:
+        """Slots to read ahead in, the best first: the one that was not used for longest, or the
+        source, where as good as nothing is lost with what lies there beyond ``shared`` tokens."""
+        free = [slot for slot in self._slots if slot.answer is None and not slot.ahead]
+        spoils = source.read - shared
+        free.sort(
+            key=lambda slot: (
+                (slot is source) * (-1 if spoils < WORTH_REUSING else 1),
+                slot.read > 0,
+                slot.used,
+            )
+        )
+        return free
+
+    def _has_room(self, tokens: int, slot: _Slot, source: _Slot) -> bool:
+        """Whether so many can be read ahead in ``slot`` without loss for any job, for what else is
+        read ahead, or of the source."""
+        held = sum(each.worst for each in self._jobs)
+        held += sum(
+            each.claims
+            for each in self._slots
+            if each.answer is None and each is not slot and (each.ahead or each is source)
+        )
+        return held + tokens <= self.budget_tokens and tokens < self.context_tokens
 
     def _take_over(self, slot: _Slot, source: _Slot) -> None:
         """Copy what ``source`` has of the slot's prompt, where that is worth it."""
@@ -369,6 +549,9 @@ class SlotsBackend:
         """Forget what lies in a slot beyond so many of its prompt's tokens."""
         self._cache.release(self._row(slot), tokens, slot.length)
         slot.read = slot.length = tokens
+        slot.ahead = ""
+        if tokens == 0:
+            slot.ahead_tokens, slot.ahead_s = 0, 0.0
 
     def _free(self, slot: _Slot) -> None:
         self._jobs.remove(slot)
@@ -376,16 +559,35 @@ class SlotsBackend:
         self._keep(slot, slot.read)
 
     def _make_room(self, spared: _Slot) -> None:
-        """Forget the oldest prompts until every job may become as long as it may."""
-        kept = [slot for slot in self._slots if slot.answer is None and slot.length]
-        kept.sort(key=lambda slot: (slot is spared, slot.used))
+        """Forget the oldest prompts until every job may become as long as it may; what was read
+        ahead is for a job to come, and stays for longer."""
+        kept = [slot for slot in self._slots if slot.answer is None and slot.claims]
+        kept.sort(key=lambda slot: (slot is spared, bool(slot.ahead), slot.used))
         room = self.budget_tokens - sum(slot.worst for slot in self._jobs)
-        while sum(slot.length for slot in kept) > room:
+        while sum(slot.claims for slot in kept) > room:
             self._keep(kept.pop(0), 0)
 
 
-def load(model_dir: Path, threads: int, slots: int = 0, *, ends_loops: bool = True) -> SlotsBackend:
-    """Load a model folder, ready to work on so many jobs at a time (0: as memory allows).
+def _alike(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
+    """How many tokens two prompts begin with alike."""
+    most = min(len(one), len(other))
+    differs = one[:most] != other[:most]
+    return int(differs.argmax()) if differs.any() else most
+
+
+def load(
+    model_dir: Path,
+    threads: int,
+    slots: int = 0,
+    *,
+    most_slots: int = MOST_SLOTS,
+    memory_mb: int = 0,
+    ends_loops: bool = True,
+) -> SlotsBackend:
+    """Load a model folder, ready to work on so many jobs at a time (0: as memory allows, up to
+    ``most_slots``).
+
+    :param memory_mb: for keys and values; 0: a share of what is available.
 
     Raises :class:`UnsuitedError` for a model that only genai can run, :class:`ModelInvalidError`
     with what is wrong with the folder, :class:`EngineError` for a model that loads and does not
@@ -400,9 +602,9 @@ def load(model_dir: Path, threads: int, slots: int = 0, *, ends_loops: bool = Tr
     session = _session(model_dir, config, threads)
     decoder = config.model.decoder
     token_bytes = 8 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_size
-    budget = int(_available_bytes() * MEMORY_SHARE) // token_bytes
+    budget = (memory_mb << 20 or int(available_bytes() * MEMORY_SHARE)) // token_bytes
     if slots == 0:
-        slots = max(1, min(MOST_SLOTS, budget // LEAST_SLOT_TOKENS))
+        slots = max(1, min(most_slots, budget // LEAST_SLOT_TOKENS))
     budget = min(budget, slots * config.model.context_length)
     try:
         graph = Graph(session, config, _FIRST + slots)
@@ -436,12 +638,3 @@ def _session(model_dir: Path, config: Config, threads: int) -> Any:
     except Exception as error:  # onnxruntime's own derive from nothing in particular
         said = cause(error).replace(f"{model_dir}/", "").rstrip(".")
         raise UnsuitedError(f"onnxruntime cannot load it: {said}") from error
-
-
-def _available_bytes() -> int:
-    """Memory that this board could give to processes now."""
-    for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-        name, _, amount = line.partition(":")
-        if name == "MemAvailable":
-            return int(amount.split()[0]) * 1024
-    raise EngineError("The kernel does not say how much memory is available.")

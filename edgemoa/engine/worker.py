@@ -17,18 +17,23 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from edgemoa.core import limits
 from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage
+from edgemoa.core.rates import Meter
 from edgemoa.engine import frames
-from edgemoa.errors import EdgemoaError, EngineError, PromptTooLongError
+from edgemoa.engine.load import Wish, load
+from edgemoa.engine.tuning import Tuning
+from edgemoa.errors import EdgemoaError, PromptTooLongError
 
 NICENESS: Final = 5  # the daemon beside it answers the network, and has to stay quick
 OOM_SCORE: Final = 500  # of 1000: out of memory, the kernel ends this process before the daemon
 PROGRESS_S: Final = 1.0
+PACE_S: Final = 10.0  # between two reports of how fast the model is, while there is work
 
 _READ_BYTES: Final = 65536
 _PR_SET_PDEATHSIG: Final = 1
@@ -43,24 +48,49 @@ class Backend(Protocol):
     @property
     def context_tokens(self) -> int: ...
 
+    slots: int
+    chunk_tokens: int  # of a prefill step
+
     @property
-    def slots(self) -> int: ...
+    def budget_tokens(self) -> int:
+        """Tokens that all slots together may hold."""
+
+    @property
+    def meter(self) -> Meter:
+        """What its steps took."""
 
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
         """The conversation's tokens, chat template included; raises :class:`EdgemoaError`."""
 
-    def admit(self, job: frames.Generate) -> bool:
+    def admit(self, job: frames.Generate | frames.Score) -> bool:
         """Take a job into a free slot; False where memory for it is there only when another job
         has ended. Raises :class:`EdgemoaError` where it cannot be done at all."""
 
     def drop(self, job_id: int) -> None:
         """Free the slot of an admitted job."""
 
-    def step(self) -> list[frames.Event]:
-        """Bring admitted jobs forward by a run of the model or two, of ``STEP_GOAL_MS`` or so.
+    def forget(self) -> None:
+        """Give back the memory of what is kept beside the jobs."""
 
-        A job's ``Done`` or ``Failed`` frees its slot.
+    def step(self) -> list[frames.Event]:
+        """Bring admitted jobs forward by a run of the model or two, of ``STEP_GOAL_MS`` or so;
+        where there is time, read ahead.
+
+        A job's ``Done``, ``Failed`` or ``Scored`` frees its slot.
         """
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether :meth:`read_ahead` is of any use."""
+
+    @property
+    def has_to_read(self) -> bool:
+        """Whether :meth:`step` has something to do without jobs."""
+
+    def read_ahead(self, key: str, messages: tuple[ChatMessage, ...]) -> None:
+        """Have :meth:`step` read what a prompt will begin with, of which the last message goes on;
+        nothing where it would be at the cost of a job. Replaces what was to be read under the same
+        key; without messages, reads no further. Raises :class:`EdgemoaError`."""
 
 
 class Pipe:
@@ -98,25 +128,26 @@ class Worker:
     def __init__(self, backend: Backend, pipe: Pipe) -> None:
         self._backend = backend
         self._pipe = pipe
-        self._waiting: deque[frames.Generate] = deque()
+        self._waiting: deque[frames.Generate | frames.Score] = deque()
         self._running: set[int] = set()
         self._full = False  # the first that waits has to wait until another ends
         self._said_at = 0.0
+        self._paced_at = time.monotonic()
 
     def serve(self) -> None:
         """Work until the daemon is gone; leaves by :class:`EOFError` or ``BrokenPipeError``."""
         while True:
-            idle = not self._waiting and not self._running
+            idle = not self._waiting and not self._running and not self._backend.has_to_read
             for op in self._pipe.receive(wait=idle):
                 self._handle(op)
             while self._waiting and len(self._running) < self._backend.slots and not self._full:
                 self._admit(self._waiting[0])
-            if self._running:
+            if self._running or self._backend.has_to_read:
                 self._report(self._backend.step())
 
     def _handle(self, op: frames.Op) -> None:
         match op:
-            case frames.Generate():
+            case frames.Generate() | frames.Score():
                 self._waiting.append(op)
             case frames.Cancel(job_id):
                 self._waiting = deque(job for job in self._waiting if job.job_id != job_id)
@@ -130,8 +161,11 @@ class Worker:
                 except EdgemoaError as error:
                     answer = frames.Measured(call_id, 0, str(error))
                 self._pipe.send([answer])
+            case frames.ReadAhead(key, messages):
+                with suppress(EdgemoaError):  # whoever asks for that prompt will hear of it
+                    self._backend.read_ahead(key, messages)
 
-    def _admit(self, job: frames.Generate) -> None:
+    def _admit(self, job: frames.Generate | frames.Score) -> None:
         try:
             if not self._backend.admit(job):
                 self._full = True
@@ -144,17 +178,22 @@ class Worker:
             self._running.add(job.job_id)
         self._waiting.popleft()
 
-    def _refuse(self, job: frames.Generate, failure: WorkFailed) -> None:
+    def _refuse(self, job: frames.Generate | frames.Score, failure: WorkFailed) -> None:
         self._pipe.send([frames.Failed(job.job_id, failure)])
 
     def _report(self, events: list[frames.Event]) -> None:
         for event in events:
-            if isinstance(event, frames.Done | frames.Failed):
+            if isinstance(event, frames.Done | frames.Failed | frames.Scored):
                 self._running.discard(event.job_id)
                 self._full = False
         now = time.monotonic()
         if not events and now - self._said_at >= PROGRESS_S:
             events = [frames.Progress()]
+        meter, idle = self._backend.meter, not self._waiting and not self._running
+        due = idle or now - self._paced_at >= PACE_S
+        if events and due:  # the daemon is not woken for it alone
+            self._paced_at = now
+            events = [*events, frames.Pace(meter.rates())]
         if events:
             self._said_at = now
             self._pipe.send(events)
@@ -164,10 +203,18 @@ def main() -> None:
     """Load the model, say so, and work until stdin ends."""
     parser = argparse.ArgumentParser(prog="python -m edgemoa.engine.worker")
     parser.add_argument("model_dir", type=Path)
-    parser.add_argument("--threads", type=int, required=True, help="of the model's computation")
+    parser.add_argument(
+        "--threads", type=int, required=True, help="of the model's computation; to tune: at most"
+    )
     parser.add_argument("--backend", choices=("auto", "slots", "genai"), default="auto")
     parser.add_argument(
         "--slots", type=int, default=0, help="jobs at a time; 0: what memory allows"
+    )
+    parser.add_argument("--most-slots", type=int, default=0, help="what memory allows up to that")
+    parser.add_argument("--provider", default="cpu", help="what genai computes on")
+    parser.add_argument("--memory", type=int, default=0, metavar="MB", help="of keys and values")
+    parser.add_argument(
+        "--tune", type=float, default=0, metavar="SECONDS", help="first find the best threads"
     )
     parser.add_argument("--keep-loops", action="store_true", help="let texts go round and round")
     arguments = parser.parse_args()
@@ -176,10 +223,18 @@ def main() -> None:
     status = 0
     try:
         started = time.perf_counter()
-        backend, note = _load(arguments)
+        backend, note, threads, tuning = _load(arguments)
         load_ms = round((time.perf_counter() - started) * 1000)
         ready = frames.Ready(
-            backend.context_tokens, backend.slots, load_ms, backend.name, _bounded(note)
+            backend.context_tokens,
+            backend.slots,
+            load_ms,
+            backend.name,
+            _bounded(note),
+            backend.budget_tokens,
+            backend.reads_ahead,
+            threads,
+            tuning,
         )
         pipe.send([ready])
         Worker(backend, pipe).serve()
@@ -194,30 +249,25 @@ def main() -> None:
     os._exit(status)
 
 
-def _load(asked: argparse.Namespace) -> tuple[Backend, str]:
-    """The back end, and why it is not ``slots`` where that would have been taken."""
-    folder, threads, ends_loops = asked.model_dir, asked.threads, not asked.keep_loops
-    note = ""
-    # Each is heavy, its failure is to be reported, and one of them is enough.
-    try:
-        if asked.backend != "genai":
-            from edgemoa.engine import slots  # noqa: PLC0415
+def _load(asked: argparse.Namespace) -> tuple[Backend, str, int, Tuning | None]:
+    """The back end, why it is not what was asked for, its threads, and what tuning found."""
+    wish = Wish(
+        model_dir=asked.model_dir,
+        threads=asked.threads,
+        backend=asked.backend,
+        provider=asked.provider,
+        slots=asked.slots,
+        most_slots=asked.most_slots,
+        memory_mb=asked.memory,
+        ends_loops=not asked.keep_loops,
+    )
+    if not asked.tune:
+        return *load(wish), wish.threads, None
+    from edgemoa.engine.measure import tune_wish  # noqa: PLC0415 - once in a board's life
 
-            try:
-                return slots.load(folder, threads, asked.slots, ends_loops=ends_loops), note
-            except slots.UnsuitedError as error:
-                note = f"The slots back end does not run this model: {error}."
-                if asked.backend == "slots":
-                    hint = 'Import the model with edgemoa, or set model.backend to "auto".'
-                    raise EngineError(note, hint=hint) from error
-        from edgemoa.engine import genai  # noqa: PLC0415
-
-        return genai.load(folder, threads, ends_loops=ends_loops), note
-    except ImportError as error:
-        raise EngineError(
-            f"The model runtime cannot be imported: {error}.",
-            hint="Install edgemoa again, with its dependencies.",
-        ) from error
+    free = replace(wish, threads=0)
+    backend, note, tuning = tune_wish(free, wish.threads, goal_s=asked.tune)
+    return backend, note, tuning.threads, tuning
 
 
 def _settle() -> None:

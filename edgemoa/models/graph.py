@@ -27,6 +27,9 @@ MICROSOFT: Final = "com.microsoft"
 ALIGNMENT: Final = 64  # a cache line: kernels may read weights in place
 INT8_ACTIVATIONS: Final = 4  # accuracy_level of MatMulNBits: the fast path on CPUs
 
+WANTED: Final = "wanted_positions"
+"""The input of generation graphs that has a default; onnxruntime-genai does not know of it."""
+
 SESSION_CONFIG: Final = {"session.disable_quant_qdq": "1"}
 """What a session that runs these graphs must be told. By default onnxruntime does not compute
 ``DequantizeLinear`` when it loads a graph, and ``MatMulNBits`` gives wrong results, without a word,
@@ -131,6 +134,10 @@ def decoder_graph(
     sums tell each sequence's length), ``past_key_values.N.key|value`` float32 [batch, kv_heads,
     past, head_size]. Outputs: ``logits`` float32 [batch, 1 or sequence, vocabulary] and
     ``present.N.key|value``, which may be the very buffers of the past.
+
+    Without ``every_position`` there are also ``hidden`` float32 [batch, sequence, hidden], what the
+    head is given, and ``wanted_logits`` [batch, wanted, vocabulary] for the input
+    ``wanted_positions`` int64 [wanted], indices into the sequence; by default there are none.
     """
     return _Graph(decoder, entries, every_position).build()
 
@@ -170,16 +177,12 @@ class _Graph:
                 hidden = self._norm(
                     f"{prefix}.post_feed_forward_norm", hidden, layer.post_feed_forward_norm
                 )
-        if not self.every_position:
-            hidden = self._last("last.hidden", hidden)
-            residual = self._last("last.residual", residual)
         normed, _ = self._add_norm("final_norm", hidden, residual, d.final_norm)
-        logits = self._products("head", normed, (d.head,))[0]
         if self.every_position:
+            logits = self._products("head", normed, (d.head,))[0]
             self._by_sequence(logits, self.sizes.vocabulary, "logits")
         else:
-            shape = self._constant([-1, 1, self.sizes.vocabulary])
-            self._node("Reshape", [logits, shape], "logits")
+            self._logits(normed)
         return self._model()
 
     # --- parts
@@ -350,10 +353,24 @@ class _Graph:
         product = self._node("Mul", [active, up], f"{prefix}.gated")
         return self._products(f"{prefix}.down", product, (layer.down,))[0]
 
-    def _last(self, name: str, x: str) -> str:
-        """The last position of each sequence: [tokens, hidden] to [batch, hidden]."""
-        spread = self._by_sequence(x, self.sizes.hidden, f"{name}.3d")
-        return self._node("Gather", [spread, self._constant(-1)], name, axis=1)
+    def _logits(self, x: str) -> None:
+        """Logits of the last position of each sequence and of those that are wanted; in one
+        product, because onnxruntime would keep the head's weights once for each of two.
+        """
+        sizes = self.sizes
+        hidden = self._by_sequence(x, sizes.hidden, "hidden")
+        self._array(WANTED, np.empty(0, np.int64))
+        self._node("Concat", [self._constant([-1]), WANTED], "picked", axis=0)
+        self._node("Gather", [hidden, "picked"], "picked.3d", axis=1)
+        self._node("Reshape", ["picked.3d", self._constant([-1, sizes.hidden])], "picked.hidden")
+        logits = self._products("head", "picked.hidden", (self.decoder.head,))[0]
+        self._node("Shape", ["picked"], "picked.count")
+        batch, vocabulary = self._constant([-1]), self._constant([sizes.vocabulary])
+        self._node("Concat", [batch, "picked.count", vocabulary], "picked.shape", axis=0)
+        self._node("Reshape", [logits, "picked.shape"], "picked.logits")
+        zero, one, end = (self._constant([n]) for n in (0, 1, np.iinfo(np.int64).max))
+        self._node("Slice", ["picked.logits", zero, one, one], "logits")
+        self._node("Slice", ["picked.logits", one, end, one], "wanted_logits")
 
     def _products(self, name: str, x: str, matrices: tuple[Matrix, ...]) -> list[str]:
         """``x @ w.T + b`` for each matrix; they share the block sums of ``x``."""
@@ -500,6 +517,12 @@ class _Graph:
                 ["batch", "sequence" if self.every_position else 1, sizes.vocabulary],
             )
         ]
+        if not self.every_position:
+            inputs.append(info(WANTED, TensorProto.INT64, ["wanted"]))
+            outputs += [
+                info("wanted_logits", TensorProto.FLOAT, ["batch", "wanted", sizes.vocabulary]),
+                info("hidden", TensorProto.FLOAT, ["batch", "sequence", sizes.hidden]),
+            ]
         for number in range(sizes.layers):
             for side in ("key", "value"):
                 inputs.append(

@@ -23,6 +23,7 @@ from edgemoa.core.events import (
     EngineInfo,
     Failed,
     Job,
+    ReadAhead,
     Request,
     RequestEvent,
     Send,
@@ -53,6 +54,7 @@ class Scenario:
     proposers: int = 2
     service_s: tuple[float, ...] = (1.0,)  # mean service time, dealt out in turn to the boards
     distribution: Distribution = "exponential"
+    slots: int = 1  # jobs that an engine works on at a time, each as fast as alone
     own_requests: int = 16
     peer_jobs: int = 32
     quorum: int = 0
@@ -84,6 +86,7 @@ class Board:
     boot: int = 0
     engine_life: int = 0  # grows when the engine dies; results of an older life are void
     jobs: set[int] = field(default_factory=set)
+    reads_ahead: set[str] = field(default_factory=set)  # for which prompts
     tick_at_ms: int = -1  # when the next tick is due; -1 for none
     down_since_ms: int = -1  # -1 while it is up
     computed: set[tuple[BoardId, str, int]] = field(default_factory=set)  # peers' work, this boot
@@ -142,6 +145,7 @@ class World:
         self._busy_area = 0
         self._area_at_ms = 0
         self._open = 0  # prompts that have not come to their end
+        self._engine = EngineInfo("simulated", context_tokens=8192, slots=scenario.slots)
 
     def run(self) -> Outcome:
         """Run the scenario, then let every prompt come to its end.
@@ -183,6 +187,8 @@ class World:
                     self._carry(board, to, message)
                 case StartWork(job=job):
                     self._work(board, job)
+                case ReadAhead(request_id=request_id, messages=messages):
+                    self._read_ahead(board, request_id, messages)
                 case StopWork(job_id=job_id):
                     board.jobs.discard(job_id)
                 case Tell(request_id=request_id, event=event):
@@ -223,7 +229,7 @@ class World:
         for other in self.boards:
             if other != board.board_id:
                 self._do(board, node.pair(other, other, self.now_ms))
-        self._do(board, node.engine_is_ready(_ENGINE, self.now_ms))
+        self._do(board, node.engine_is_ready(self._engine, self.now_ms))
 
     def _crash(self, board: Board) -> None:
         if board.node is None:
@@ -256,6 +262,7 @@ class World:
         board.node = None
         board.engine_life += 1
         board.jobs.clear()
+        board.reads_ahead.clear()
         board.down_since_ms = self.now_ms
         low, high = self.scenario.down_s
         self._in(round(self._rng.uniform(low, high) * 1000), lambda: self._start(board))
@@ -385,6 +392,20 @@ class World:
             self._in(half_ms, lambda: self._wrote(board, life, job, text[: len(text) // 2]))
         self._in(work_ms, lambda: self._work_done(board, life, job, text, work_ms))
 
+    def _read_ahead(self, board: Board, request_id: str, messages: tuple[ChatMessage, ...]) -> None:
+        if not messages:
+            board.reads_ahead.discard(request_id)
+            return
+        node = board.node
+        run = node.runs.get(request_id) if node else None
+        if run is None or run.state is not State.PROPOSING or not (run.drafts and run.pending):
+            self._violated(f"{board.board_id} reads ahead for {request_id} without a reason")
+        elif messages[: len(run.request.messages)] != run.request.messages or not all(
+            draft.text in messages[-1].content for draft in run.drafts
+        ):
+            self._violated(f"{board.board_id} reads for {request_id} what will not come")
+        board.reads_ahead.add(request_id)
+
     def _at_work(self, board: Board, life: int, job: Job) -> Node | None:
         alive = board.engine_life == life and job.job_id in board.jobs
         return board.node if alive else None
@@ -398,7 +419,7 @@ class World:
             board.jobs.discard(job.job_id)
             tokens = len(text) // 4
             done = WorkDone(text, "stop", prompt_tokens=10, tokens=tokens,
-                            prefill_ms=0, decode_ms=work_ms)  # fmt: skip
+                            prefill_ms=0, decode_ms=work_ms, model_ms=work_ms)  # fmt: skip
             self._do(board, node.finished(job.job_id, done, self.now_ms))
 
     def _work_failed(self, board: Board, life: int, job: Job) -> None:
@@ -413,12 +434,13 @@ class World:
         self._note("engine crash", board.board_id, board.engine_life)
         board.engine_life += 1
         board.jobs.clear()
+        board.reads_ahead.clear()
         self._do(board, node.engine_is_lost(self.now_ms))
         self._in(1_000, lambda: self._engine_back(board, node))
 
     def _engine_back(self, board: Board, node: Node) -> None:
         if board.node is node:
-            self._do(board, node.engine_is_ready(_ENGINE, self.now_ms))
+            self._do(board, node.engine_is_ready(self._engine, self.now_ms))
 
     def _next_fault(self, board: Board, rate: float, fault: Callable[[Board], None]) -> None:
         if rate <= 0:
@@ -451,6 +473,11 @@ class World:
         own = {work.request_id: work for work in queue if work.source == board.board_id}
         if not own.keys() <= node.runs.keys():
             self._violated(f"{board.board_id} works for a prompt that has ended")
+        if not board.reads_ahead <= node.runs.keys():
+            self._violated(f"{board.board_id} reads ahead for a prompt that has ended")
+        if any(node.runs[each].state is State.CONCLUDING and own[each].started_ms >= 0
+               for each in board.reads_ahead):  # fmt: skip
+            self._violated(f"{board.board_id} reads ahead of what it reads already")
         for request_id, run in node.runs.items():
             if run.state is State.PROPOSING:
                 if run.settled(scenario.quorum):
@@ -546,4 +573,3 @@ class World:
 
 
 CALL_OFF_MS = 4_000  # until a proposer has heard that a prompt has ended, or of a board's restart
-_ENGINE = EngineInfo(model="simulated", context_tokens=8192, slots=1)

@@ -33,7 +33,8 @@ _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokens:
-    """A model's tokens. ``end_of_turn`` are those that end an answer.
+    """A model's tokens. ``end_of_turn`` are those that end an answer. All have a number under
+    ``size``; a model may compute logits for more, which stand for nothing.
 
     **Control tokens** mark where turns begin and end. A tokenizer takes the characters
     ``<|im_end|>`` for one wherever they stand, so a proposal of another board could forge a turn of
@@ -61,6 +62,7 @@ class Tokens:
         self._control_numbers = frozenset(control)
         unknown = self._control.get(getattr(tokenizer.model, "unk_token", None) or "")
         self._never_text = self._control_numbers - {unknown}
+        self.size = _size(tokenizer)
         self._sorted = sorted(self._control)
         if max(map(len, self._sorted), default=0) > _MAX_CONTROL_CHARACTERS:
             raise ModelInvalidError("The model's tokenizer has a control token that is too long.")
@@ -120,6 +122,10 @@ class Tokens:
     def guard(self, messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
         """The messages with the characters of control tokens torn apart; for the template."""
         return tuple(ChatMessage(turn.role, self._guard(turn.content)) for turn in messages)
+
+    def knows(self, number: int) -> bool:
+        """Whether a token has this number."""
+        return self._tokenizer.id_to_token(number) is not None
 
     def piece(self, number: int) -> bytes:
         """What a token stands for in a text: nothing for a control token, or an unknown number."""
@@ -218,6 +224,12 @@ def _read(file: Path) -> Tokenizer:
         raise ModelInvalidError(
             "The model's tokenizer.json is no valid tokenizer.", hint=IMPORT_AGAIN
         ) from None
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """One more than a token's largest number; numbers may be left out, as far as half of them."""
+    count = 2 * tokenizer.get_vocab_size()
+    return next((n for n in range(count, 0, -1) if tokenizer.id_to_token(n - 1) is not None), 0)
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:

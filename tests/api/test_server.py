@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -15,10 +16,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import msgspec
+import openai
 import pytest
 
 from edgemoa import cli_peer_models
 from edgemoa.api import server
+from edgemoa.api.openai import usage
 from edgemoa.api.server import Api
 from edgemoa.client import Client
 from edgemoa.core import envelope, limits
@@ -33,8 +38,11 @@ from edgemoa.core.events import (
     Request,
     RequestEvent,
     Text,
+    TokenLogprob,
+    Wishes,
 )
 from edgemoa.core.messages import BoardId, ChatMessage
+from edgemoa.daemon import _Mailbox
 from edgemoa.errors import (
     AddressInUseError,
     BoardError,
@@ -80,6 +88,7 @@ class ScriptedBoard:
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
+        self.schemas: list[str] = []
         self.script: list[RequestEvent | float] = [
             Accepted(Granted(1, 1), 0),
             ProposalArrived(RECORD),
@@ -112,6 +121,11 @@ class ScriptedBoard:
         self.measuring -= 1
         self.context_tokens = 100
         return sum(len(m.content) for m in messages)
+
+    async def check_schema(self, schema: str) -> None:
+        self.schemas.append(schema)
+        if "canary" in schema:
+            raise UserError("The JSON schema cannot be obeyed: a canary.", hint="Use another one.")
 
     def new_request_id(self) -> str:
         return f"chatcmpl-{len(self.asked)}"
@@ -198,6 +212,10 @@ def body(content: Any = "Why?", **more: Any) -> dict[str, Any]:
     return {"model": "edgemoa", "messages": [{"role": "user", "content": content}], **more}
 
 
+def schema(of: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": of, "strict": True}}
+
+
 def post(path: Path, data: bytes | dict[str, Any]) -> tuple[int, dict[str, Any], Any]:
     """Status, JSON and headers of a request that is made by hand."""
     raw = data if isinstance(data, bytes) else json.dumps(data).encode()
@@ -217,7 +235,12 @@ def test_a_completion_in_openais_shape(path: Path, board: ScriptedBoard) -> None
     choice = told["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "Because."}
     assert choice["finish_reason"] == "stop"
-    assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14}
+    assert told["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert told["edgemoa"]["proposals"][0]["board"] == "bee"
     (request,) = board.asked
     assert (request.layers, request.proposers, request.deadline_ms) == (1, 2, 60_000)
@@ -225,6 +248,20 @@ def test_a_completion_in_openais_shape(path: Path, board: ScriptedBoard) -> None
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.stop) == (7, 0.5, ("x",))
     assert 0 <= sampling.seed < 2**31
+
+
+@pytest.mark.parametrize("proposed", [True, False])
+def test_cached_is_what_of_the_prompt_was_known_before(proposed: bool) -> None:
+    own = ProposalRecord("me", BoardId("m"), "tiny", 1, 10, 5, 3, 7, own=True, cached_tokens=6)
+    later = msgspec.structs.replace(own, layer=2, cached_tokens=9)
+    told = msgspec.structs.replace(
+        answered("Because."),
+        proposals=(RECORD, own, later) if proposed else (RECORD,),
+        job_tokens=300,
+        cached_tokens=250,
+    )
+    # The answer's job begins with the prompt, and knows all of it where nothing was proposed.
+    assert usage(told).prompt_tokens_details.cached_tokens == (6 if proposed else 10)
 
 
 def test_a_stream_in_openais_shape(path: Path) -> None:
@@ -236,6 +273,92 @@ def test_a_stream_in_openais_shape(path: Path) -> None:
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 14
+
+
+def test_what_a_request_may_say_of_its_tokens(path: Path, board: ScriptedBoard) -> None:
+    options = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
+        "presence_penalty": -0.5, "frequency_penalty": 2, "seed": 3,
+    }  # fmt: skip
+    assert post(path, body(**options, logit_bias={"5": -100, "17": 2.5}))[0] == 200
+    assert post(path, body(repeat_penalty=1.3, top_k=-1, top_p=None, logprobs=False))[0] == 200
+    assert post(path, body())[0] == 200
+    first, second, third = board.asked
+    assert msgspec.structs.asdict(first.sampling) == {"max_tokens": 256, "stop": (), **options}
+    assert first.wishes == Wishes(logit_bias={5: -100, 17: 2.5})
+    assert (second.sampling.repetition_penalty, second.sampling.top_k) == (1.3, 0)
+    assert not second.wishes
+    assert second.sampling.seed != third.sampling.seed  # of no request's own: by chance
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"type": "text"}, []),
+        ({"type": "json_object"}, [{"type": "object"}]),
+        ({"type": "json_object", "schema": {"type": "array"}}, [{"type": "array"}]),
+        (schema({"enum": ["é"]}), [{"enum": ["é"]}]),
+    ],
+)
+def test_the_form_of_an_answer(
+    path: Path, board: ScriptedBoard, form: dict[str, Any], told: list[Any]
+) -> None:
+    assert post(path, body(response_format=form))[0] == 200
+    assert [json.loads(each) for each in board.schemas] == told
+    assert board.asked[0].wishes.schema == (board.schemas[0] if told else "")
+
+
+LOGPROBS = (
+    TokenLogprob(b"Be", -0.5, ((b"Be", -0.5), (b"It", -1.5))),
+    TokenLogprob(b"\xf0\x9f", -0.25, ((b"\xf0\x9f", -0.25),)),
+)
+
+
+def test_logprobs_as_openais_own_client_reads_them(path: Path, board: ScriptedBoard) -> None:
+    rest = (TokenLogprob(b"\x97\xbc", -2.0),)
+    board.script[2:] = [Text("Be", LOGPROBS[:1]), Text("🗼", LOGPROBS[1:] + rest), answered("Be🗼")]
+    transport = httpx2.HTTPTransport(uds=os.fspath(path))
+    with openai.OpenAI(
+        base_url="http://localhost/v1", api_key="-", http_client=httpx2.Client(transport=transport)
+    ) as client:
+        ask: Any = functools.partial(
+            client.chat.completions.create,
+            model="edgemoa",
+            messages=[{"role": "user", "content": "Why?"}],
+        )
+        whole = ask(logprobs=True, top_logprobs=2).choices[0]
+        assert whole.logprobs is not None
+        told = whole.logprobs.content
+        assert told is not None
+        assert bytes(byte for each in told for byte in each.bytes or []).decode() == "Be🗼"
+        assert [each.logprob for each in told] == [-0.5, -0.25, -2.0]
+        assert [(top.token, top.logprob) for top in told[0].top_logprobs] == [
+            ("Be", -0.5), ("It", -1.5)
+        ]  # fmt: skip
+        assert told[1].token == "\N{REPLACEMENT CHARACTER}"
+        streamed = [
+            (choice.delta.content, choice.logprobs and choice.logprobs.content)
+            for chunk in ask(logprobs=True, top_logprobs=2, stream=True)
+            for choice in chunk.choices
+        ]
+        assert [text for text, _ in streamed] == ["", "Be", "🗼", None]
+        assert [each for _, part in streamed for each in part or []] == told
+        assert board.asked[0].wishes.logprobs == board.asked[1].wishes.logprobs == 2
+        board.script[2:4] = [Text("Be🗼")]
+        plain = ask()
+        assert plain.choices[0].logprobs is None
+        assert not board.asked[2].wishes
+
+
+def test_what_a_slow_client_has_not_heard_yet_keeps_its_logprobs() -> None:
+    async def scenario() -> None:
+        mailbox = _Mailbox()
+        for event in (Text("a"), Text("b"), Text("c", LOGPROBS[:1]), Text("d"), Text("e")):
+            mailbox.put(event)
+        heard = [await mailbox.get() for _ in range(3)]
+        assert heard == [Text("ab"), Text("c", LOGPROBS[:1]), Text("de")]
+
+    asyncio.run(scenario())
 
 
 def test_events_on_request(path: Path) -> None:
@@ -300,6 +423,27 @@ def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
         (body(temperature=9), 400, "invalid_request"),
         (body(n=2), 400, "invalid_request"),
         (body(tools=[{}]), 400, "invalid_request"),
+        (body(top_k=-2), 400, "invalid_request"),
+        (body(top_k=1.5), 400, "invalid_request"),
+        (body(min_p=1.1), 400, "invalid_request"),
+        (body(repetition_penalty=0), 400, "invalid_request"),
+        (body(repetition_penalty=1.1, repeat_penalty=1.1), 400, "invalid_request"),
+        (body(presence_penalty=2.1), 400, "invalid_request"),
+        (body(frequency_penalty=-2.1), 400, "invalid_request"),
+        (body(logit_bias={"a": 1}), 400, "invalid_request"),
+        (body(logit_bias={"1": 101}), 400, "invalid_request"),
+        (body(logit_bias={str(n): 1 for n in range(1025)}), 400, "invalid_request"),
+        (body(top_logprobs=2), 400, "invalid_request"),
+        (body(logprobs=True, top_logprobs=21), 400, "invalid_request"),
+        (body(logprobs=True, top_logprobs=20, max_tokens=9000), 400, "invalid_request"),
+        (body(response_format={"type": "grammar"}), 400, "invalid_request"),
+        (body(response_format={"type": "json_schema"}), 400, "invalid_request"),
+        (
+            body(response_format=schema({"x": "y" * limits.MAX_SCHEMA_BYTES})),
+            400,
+            "invalid_request",
+        ),
+        (body(response_format=schema({"enum": ["canary"]})), 400, "invalid_request"),
         (body(stop=[""]), 400, "invalid_request"),
         (body(edgemoa={"layer": 1}), 400, "invalid_request"),
         (body(edgemoa={"layers": 99}), 400, "invalid_request"),

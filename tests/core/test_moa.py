@@ -55,6 +55,20 @@ def test_the_conversation_comes_first_then_the_proposals_in_order() -> None:
     assert last.content.endswith(ASK[1].content)
 
 
+def test_what_comes_next_begins_with_the_proposals_so_far() -> None:
+    drafts = [draft(B, "scattering"), draft(A, "Rayleigh"), draft(C, "no idea")]
+    for next_messages in (
+        Synthesis().conclude(ASK, drafts, PLENTY).messages,  # type: ignore[union-attr]
+        Synthesis().propose(ASK, drafts, PLENTY),
+    ):
+        for arrived in (1, 2):
+            *before, last = Synthesis().begin(ASK, drafts[:arrived], PLENTY)
+            assert tuple(before) == ASK
+            assert last.role == next_messages[len(ASK)].role
+            assert next_messages[len(ASK)].content.startswith(last.content)
+    assert Synthesis().begin(ASK, drafts, Room(0)) == ()
+
+
 def test_a_long_request_is_not_repeated() -> None:
     long = (ChatMessage("user", "x" * 2_000),)
     step = Synthesis().conclude(long, [draft(B, "y"), draft(C, "z")], PLENTY)

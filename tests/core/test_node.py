@@ -17,7 +17,9 @@ from edgemoa.core.events import (
     EngineInfo,
     Failed,
     LayerStarted,
+    ProposalArrived,
     ProposerLeftOut,
+    ReadAhead,
     Request,
     RequestEvent,
     Send,
@@ -25,6 +27,8 @@ from edgemoa.core.events import (
     StopWork,
     Tell,
     Text,
+    TokenLogprob,
+    Wishes,
     WorkDone,
     WorkFailed,
 )
@@ -42,12 +46,15 @@ from edgemoa.core.messages import (
     Queued,
     Sampling,
 )
-from edgemoa.core.moa import size_bytes
+from edgemoa.core.moa import Draft, Room, Synthesis, size_bytes
 from edgemoa.core.node import Node, NodeSettings
+from edgemoa.core.rates import DecodeRate, PrefillRate, Rates
+from edgemoa.core.status import snapshot
 
 ME, B, C, D = (BoardId(x) for x in ("me", "bb", "cc", "dd"))
 ENGINE = EngineInfo("tiny", 2048, slots=1)
 WHY = (ChatMessage("user", "Why?"),)
+PLENTY = Room(10_000)
 T = TypeVar("T")
 
 
@@ -60,6 +67,7 @@ class Rig:
         self.sent: list[tuple[BoardId, Message]] = []
         self.started: list[StartWork] = []
         self.stopped: list[int] = []
+        self.ahead: list[ReadAhead] = []
         self.told: list[RequestEvent] = []
         for peer in peers:
             self.take(self.node.pair(peer, peer, self.now))
@@ -77,11 +85,14 @@ class Rig:
                     self.started.append(effect)
                 case StopWork(job_id=job_id):
                     self.stopped.append(job_id)
+                case ReadAhead():
+                    self.ahead.append(effect)
                 case Tell(event=event):
                     self.told.append(event)
 
     def clear(self) -> None:
         self.sent, self.started, self.stopped, self.told = [], [], [], []
+        self.ahead = []
 
     def hear(self, peer: BoardId, sequence: int = 1, boot: int = 1, waiting: int = 0) -> None:
         alive = Alive(boot, sequence, peer, True, "tiny", waiting, 0, 0)
@@ -93,14 +104,18 @@ class Rig:
         proposers: int = 2,
         name: str = "request-1",
         deadline_ms: int = 60_000,
+        *,
         sampling: Sampling = Sampling(max_tokens=64),  # noqa: B008 - it is frozen
+        wishes: Wishes = Wishes(),  # noqa: B008
     ) -> None:
-        request = Request(name, WHY, 10, layers, proposers, sampling, deadline_ms)
+        request = Request(name, WHY, 10, layers, proposers, sampling, deadline_ms, wishes)
         self.take(self.node.submit(request, self.now))
 
     def done(self, text: str = "own", work_ms: int = 500, index: int = -1) -> None:
         job_id = self.started[index].job.job_id
-        done = WorkDone(text, "stop", 10, len(text), work_ms // 2, work_ms - work_ms // 2)
+        done = WorkDone(
+            text, "stop", 10, len(text), work_ms // 2, work_ms - work_ms // 2, 4, work_ms // 3
+        )
         self.take(self.node.finished(job_id, done, self.now))
 
     def propose(self, peer: BoardId, text: str = "theirs", layer: int = 1) -> None:
@@ -348,6 +363,155 @@ def test_the_client_going_away_stops_everything() -> None:
     assert {to for to, _ in rig.messages(Cancel)} == {B, C}
     assert rig.node.idle
     rig.take(rig.node.cancel("request-1", rig.now))  # harmless
+
+
+# --- what is read ahead
+
+
+def roomy(rig: Rig, slots: int = 2) -> Rig:
+    rig.take(rig.node.engine_is_ready(EngineInfo("tiny", 2048, slots), rig.now))
+    return rig
+
+
+def begun(*texts: str) -> ReadAhead:
+    messages = Synthesis().begin(WHY, [Draft(B, text, 5, own=False) for text in texts], PLENTY)
+    return ReadAhead("request-1", messages)
+
+
+def test_proposals_are_read_as_they_arrive_and_no_further_once_the_answer_is_begun() -> None:
+    rig = roomy(Rig(B, C, D))
+    rig.ask(1, 3)
+    rig.propose(B, "from B")
+    rig.propose(B, "from B")  # repeated
+    assert rig.ahead == [begun("from B")]
+    rig.done("own")
+    rig.propose(C, "")  # left out
+    assert rig.ahead[1:] == [begun("from B", "own")]
+    rig.propose(D, "from D")
+    assert rig.ahead[2:] == [ReadAhead("request-1")]
+    assert rig.started[-1].job.messages[:1] == WHY
+    assert rig.started[-1].job.messages[1].content.startswith(rig.ahead[1].messages[1].content)
+
+
+def test_the_answer_that_waits_lets_the_reading_go_on() -> None:
+    rig = roomy(Rig(B, C))
+    rig.ask(1, 2)
+    rig.propose(B, "from B")
+    for n in range(2):
+        rig.take(rig.node.receive(B, proposal_for(B, f"request-{n + 5}"), rig.now))
+    assert len(rig.started) == 2
+    rig.propose(C, "from C")
+    rig.done("own", index=0)
+    assert rig.ahead == [begun("from B")]  # for it, there was no slot any more
+    rig.done("theirs", index=1)
+    assert rig.started[-1].job.kind == "aggregation"
+    assert rig.ahead == [begun("from B"), ReadAhead("request-1")]
+
+
+def test_nothing_is_read_ahead_where_every_slot_is_taken() -> None:
+    rig = Rig(B, C)
+    rig.ask(1, 2)
+    rig.propose(B, "from B")  # the one slot writes the own proposal
+    assert not rig.ahead
+    rig.done("own")
+    assert rig.ahead == [begun("from B", "own")]
+
+
+def test_the_next_layer_is_read_ahead_of_too() -> None:
+    rig = roomy(Rig(B, C))
+    rig.ask(2, 2)
+    rig.propose(B, "from B")
+    rig.propose(C, "from C")
+    rig.done("own")
+    assert rig.ahead == [begun("from B"), begun("from B", "from C"), ReadAhead("request-1")]
+    rig.propose(C, "C once more", layer=2)
+    assert rig.ahead[3:] == [begun("C once more")]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline", "stopped", "too late"])
+def test_the_reading_ends_with_the_prompt(how: str) -> None:
+    rig = roomy(Rig(B, C, layer_deadline_ms=3_000))
+    rig.ask(1, 2, deadline_ms=60_000 if how == "too late" else 2_000)
+    rig.propose(B, "from B")
+    match how:
+        case "cancelled":
+            rig.take(rig.node.cancel("request-1", rig.now))
+        case "stopped":
+            rig.take(rig.node.stop(rig.now))
+        case _:
+            rig.tick(3_100)
+    assert rig.ahead == [begun("from B"), ReadAhead("request-1")]
+
+
+def test_a_model_process_that_died_has_nothing_to_forget() -> None:
+    rig = roomy(Rig(B, C))
+    rig.ask(1, 2)
+    rig.propose(B, "from B")
+    rig.take(rig.node.engine_is_lost(rig.now))
+    rig.take(rig.node.cancel("request-1", rig.now))
+    assert rig.ahead == [begun("from B")]
+    roomy(rig)
+    rig.ask(1, 2, name="request-2")
+    rig.take(rig.node.engine_is_lost(rig.now))
+    rig.take(rig.node.receive(B, theirs("request-2"), rig.now))
+    assert len(rig.ahead) == 1  # nor anybody to read
+
+
+def test_a_strategy_may_tell_nothing() -> None:
+    class Silent(Synthesis):
+        def begin(self, *_: object) -> tuple[ChatMessage, ...]:
+            return ()
+
+    rig = roomy(Rig(B, C, strategy=Silent()))
+    rig.ask(1, 2)
+    rig.propose(B, "from B")
+    rig.take(rig.node.cancel("request-1", rig.now))
+    assert not rig.ahead
+
+
+# --- where time and tokens went
+
+
+def theirs(name: str = "request-1", **more: int) -> Proposal:
+    return Proposal(name, 1, "theirs", "tiny", 10, 5, 3, 7, "stop", **more)
+
+
+def test_every_job_says_what_it_read_and_where_its_time_went() -> None:
+    rig = Rig(B)
+    rig.ask(1, 1)
+    rig.now += 700
+    rig.done("own", work_ms=500)
+    honest = theirs(cached_tokens=6, prefill_ms=2, model_ms=4)
+    rig.take(rig.node.receive(B, honest, rig.now))
+    rig.now += 900
+    rig.done("the answer", work_ms=600)
+    answered = rig.one(Answered)
+    own, other = answered.proposals
+    assert (own.cached_tokens, own.queue_ms, own.prefill_ms, own.model_ms) == (4, 200, 250, 166)
+    assert (other.cached_tokens, other.prefill_ms, other.model_ms) == (6, 2, 4)
+    assert (answered.job_tokens, answered.cached_tokens) == (10, 4)
+    assert (answered.queue_ms, answered.prefill_ms, answered.model_ms) == (300, 300, 200)
+
+
+def test_a_peer_that_claims_more_than_can_be_is_cut_down() -> None:
+    rig = Rig(B)
+    rig.ask(1, 1)
+    liar = theirs(cached_tokens=2**31, prefill_ms=2**40, model_ms=2**40)
+    rig.take(rig.node.receive(B, liar, rig.now))
+    record = rig.one(ProposalArrived).proposal
+    assert (record.cached_tokens, record.prefill_ms) == (10, 7)
+
+
+def test_what_a_wait_is_expected_to_be_follows_the_engines_rates() -> None:
+    rig = roomy(Rig(B))
+    rig.ask(0, 0)
+    rig.done(work_ms=900)
+    rig.ask(0, 0, name="request-2")
+    assert rig.node.queue.expected_wait_ms() == 300  # its share of the model, the last time
+    rates = Rates((PrefillRate(100, 2.0),), (DecodeRate(1, 100, 10.0),))
+    rig.node.measured(rates)
+    assert rig.node.queue.expected_wait_ms() == pytest.approx(6 * 2 + 3 * 10, rel=0.01)
+    assert snapshot(rig.node, rig.now).rates == rates
 
 
 # --- as a proposer
@@ -626,6 +790,68 @@ def test_the_own_proposal_is_the_answer_only_where_it_would_have_been_written(
         assert rig.started[-1].job.messages == WHY
         rig.done("as asked")
         assert "no peer" in rig.one(Answered).note
+
+
+WISHES = [Wishes(schema="{}"), Wishes(logit_bias={5: 1.0}), Wishes(logprobs=0)]
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=str)
+def test_wishes_are_for_the_answer_alone(wishes: Wishes) -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, wishes=wishes)
+    assert not rig.started[0].job.wishes
+    rig.propose(B)
+    rig.done("mine")
+    assert rig.started[1].job.wishes == wishes
+    rig.done("{}")
+    assert rig.one(Answered).text == "{}"
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=str)
+def test_what_was_written_without_the_wishes_is_not_the_answer(wishes: Wishes) -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, wishes=wishes)
+    rig.done("mine")
+    rig.take(rig.node.receive(B, Declined("request-1", 1, "no"), rig.now))
+    job = rig.started[1].job  # not given as it is, although nothing else is at hand
+    assert (job.messages, job.wishes) == (WHY, wishes)
+    rig.take(rig.node.failed(job.job_id, WorkFailed("broken"), rig.now))
+    assert rig.one(Failed).code == "engine_failed"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(repetition_penalty=1.1),
+        Sampling(presence_penalty=0.1),
+        Sampling(frequency_penalty=-0.1),
+    ],
+)
+def test_a_proposal_without_penalties_is_not_the_answer_with_them(sampling: Sampling) -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1, sampling=sampling)
+    rig.done("mine")
+    rig.take(rig.node.receive(B, Declined("request-1", 1, "no"), rig.now))
+    assert rig.started[1].job.sampling == sampling
+
+
+def test_logprobs_are_told_once_each_also_after_a_restart() -> None:
+    def told(*numbers: int) -> tuple[TokenLogprob, ...]:
+        return tuple(TokenLogprob(b"%d" % n, -1.0) for n in numbers)
+
+    rig = Rig()
+    rig.ask(0, 0, wishes=Wishes(logprobs=0))
+    job_id = rig.started[0].job.job_id
+    rig.take(rig.node.wrote(job_id, "12", rig.now, told(1, 2)))
+    rig.take(rig.node.engine_is_lost(rig.now))
+    rig.take(rig.node.engine_is_ready(ENGINE, rig.now))
+    again = rig.started[1].job.job_id
+    for piece, numbers in (("1", [1]), ("23", [2, 3]), ("", [4])):
+        rig.take(rig.node.wrote(again, piece, rig.now, told(*numbers)))
+    rig.done("123")
+    texts = rig.events(Text)
+    assert "".join(event.text for event in texts) == "123"
+    assert tuple(each for event in texts for each in event.logprobs) == told(1, 2, 3, 4)
 
 
 def test_a_proposal_given_for_want_of_better_keeps_to_what_was_asked() -> None:

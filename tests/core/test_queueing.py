@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from edgemoa.core.events import Job
+import msgspec
+import pytest
+
+from edgemoa.core.events import Job, WorkDone
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
 from edgemoa.core.queueing import PRIOR_SERVICE_MS, ServiceTimes, Work, WorkQueue
+from edgemoa.core.rates import DecodeRate, PrefillRate, Rates
 
 ME, PEER = BoardId("me"), BoardId("peer")
 
@@ -68,23 +72,45 @@ def test_removing_says_what_ran() -> None:
     assert queue.end(0) is None
 
 
+def done(model_ms: int, prompt_tokens: int = 100, cached_tokens: int = 0) -> WorkDone:
+    return WorkDone("", "stop", prompt_tokens, 50, 0, 9_999, cached_tokens, model_ms)
+
+
 def test_service_times_follow_what_is_measured() -> None:
     times = ServiceTimes()
     assert times.mean_ms("proposal") == PRIOR_SERVICE_MS
-    times.observe("proposal", 1_000)
+    times.observe("proposal", done(1_000))
     assert times.mean_ms("proposal") == 1_000
     for _ in range(40):
-        times.observe("proposal", 2_000)
+        times.observe("proposal", done(2_000))
     assert 1_990 < times.mean_ms("proposal") <= 2_000
     assert times.measured().keys() == {"proposal"}
 
 
-def test_expected_wait_is_the_work_ahead_over_the_slots() -> None:
+def test_what_a_job_takes_among_others_follows_from_the_engines_rates() -> None:
+    times = ServiceTimes()
+    times.rates = Rates(
+        prefill=(PrefillRate(100, 1.0),),
+        decode=tuple(DecodeRate(rows, 100, 8.0 + 2.0 * rows) for rows in (1, 2, 4)),
+    )
+    assert times.mean_ms("proposal") == PRIOR_SERVICE_MS  # no telling how large one is
+    read_ahead = msgspec.structs.replace(
+        done(1_000, prompt_tokens=120, cached_tokens=90), ahead_tokens=70
+    )
+    times.observe("proposal", read_ahead)
+    assert times.mean_ms("proposal") == pytest.approx(100 + 50 * 10, rel=0.02)
+    assert times.mean_ms("proposal", batch=4) == pytest.approx(100 + 50 * 4, rel=0.02)
+
+
+def test_expected_wait_is_what_the_work_ahead_takes_of_the_model() -> None:
     queue = WorkQueue()
-    queue.times.observe("proposal", 1_000)
+    queue.times.observe("proposal", done(1_000))
     assert queue.expected_wait_ms() == 0
     for i in range(4):
         queue.add(work(i))
-    assert queue.expected_wait_ms() == 4_000
+    # Shares of the model's time add up, however many jobs it works on at a time ...
     queue.slots = 2
-    assert queue.expected_wait_ms() == 2_000
+    assert queue.expected_wait_ms() == 4_000
+    # ... but are smaller where more is done at a time.
+    queue.times.rates = Rates((PrefillRate(100, 0.0),), (DecodeRate(1, 0, 9), DecodeRate(2, 0, 10)))
+    assert queue.expected_wait_ms() == pytest.approx(4 * 50 * 5, rel=0.02)

@@ -143,6 +143,7 @@ class FakeEngine(Engine):
             tokens=len(pieces),
             prefill_ms=0,
             decode_ms=round(1000 * self._token_s * len(pieces)),
+            model_ms=round(1000 * self._token_s * len(pieces)),
         )
 
     def _end_all(self) -> None:

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
+from edgemoa.core.events import EngineInfo, Job, TokenLogprob, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.core.rates import Rates
 from edgemoa.engine.engine import Engine
 
 WAIT_S = 30.0
@@ -24,8 +25,10 @@ class Recorder:
         self.ready: list[EngineInfo] = []
         self.lost: list[str] = []
         self.texts: dict[int, list[str]] = {}
+        self.logprobs: dict[int, list[TokenLogprob]] = {}
         self.done: dict[int, WorkDone] = {}
         self.failed: dict[int, WorkFailed] = {}
+        self.rates: list[Rates] = []
         self._changed = asyncio.Event()
 
     def on_ready(self, info: EngineInfo) -> None:
@@ -36,7 +39,8 @@ class Recorder:
         self.lost.append(reason)
         self._changed.set()
 
-    def on_text(self, job_id: int, text: str) -> None:
+    def on_text(self, job_id: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        self.logprobs.setdefault(job_id, []).extend(logprobs)
         self.texts.setdefault(job_id, []).append(text)
         self._changed.set()
 
@@ -48,6 +52,10 @@ class Recorder:
     def on_failed(self, job_id: int, failure: WorkFailed) -> None:
         assert job_id not in self.failed
         self.failed[job_id] = failure
+        self._changed.set()
+
+    def on_rates(self, rates: Rates) -> None:
+        self.rates.append(rates)
         self._changed.set()
 
     async def loads(self, times: int = 1) -> EngineInfo:
@@ -99,12 +107,15 @@ async def running(
     backend: Literal["auto", "slots", "genai"] = "auto",
     slots: int = 0,
     ends_loops: bool = True,
+    provider: str = "cpu",
+    tune_s: float = 0.0,
 ) -> AsyncIterator[tuple[Engine, Recorder]]:
     """An engine, ready unless ``load`` is false; none of its processes is there afterwards."""
     events = Recorder()
     engine = Engine(
         model_dir, "model", threads, events,
         backend=backend, slots=slots, ends_loops=ends_loops,
+        provider=provider, tune_s=tune_s,
         hang_s=hang_s, load_s=load_s, settled_s=settled_s,
     )  # fmt: skip
     await engine.start()

@@ -6,18 +6,20 @@ import asyncio
 import itertools
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from asyncio.subprocess import Process
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from edgemoa.core import limits
-from edgemoa.core.messages import ChatMessage
+from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine import engine as engine_module
 from edgemoa.engine import frames
 from edgemoa.engine.engine import Engine
@@ -302,6 +304,44 @@ def test_a_process_that_hangs_is_replaced(tiny: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_process_that_hangs_in_the_middle_of_an_answer_is_replaced(tiny: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny, hang_s=0.8) as (engine, events):
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
+            await events.writes(1)
+            hung = pid_of(engine)
+            os.kill(hung, signal.SIGSTOP)
+            assert "said nothing" in await events.loses()
+            assert not alive(hung)
+            await events.loads(2)
+            engine.work(job(1, "go>"))  # the daemon's second try
+            assert (await events.ends(1)).text == HELLO
+
+    asyncio.run(scenario())
+
+
+def test_a_process_without_memory_says_so_or_is_replaced(smollm2: Path) -> None:
+    async def scenario() -> None:
+        async with running(smollm2, threads=2, backend="slots") as (engine, events):
+            starved = pid_of(engine)
+            used = int(process_file(starved, "statm").split()[0]) * resource.getpagesize()
+            resource.prlimit(starved, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+            engine.work(job(1, "word " * 1_500, max_tokens=200))
+            async with asyncio.timeout(20):
+                while not (events.failed or events.lost or events.done):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert not events.done
+            if not events.lost:
+                assert "model" in events.failed[1].reason or "memory" in events.failed[1].reason
+                resource.prlimit(starved, resource.RLIMIT_AS, (-1, -1))
+            else:
+                await events.loads(2)
+            engine.work(job(2, "1+1?", max_tokens=4))
+            assert (await events.ends(2)).tokens > 0
+
+    asyncio.run(scenario())
+
+
 def test_a_process_that_hangs_while_it_loads_is_replaced(tiny: Path) -> None:
     async def scenario() -> None:
         async with running(tiny, load_s=3, load=False) as (engine, events):
@@ -372,6 +412,60 @@ def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_less_and_less(
             assert expected in reason
             assert "Import" in reason  # what to do about it
             assert not events.ready
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_breaks_while_it_is_used_is_tried_until_it_is_whole(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+
+    async def scenario() -> None:
+        async with running(folder) as (engine, events):
+            engine.work(job(1, "9", temperature=1.0, max_tokens=LONG))
+            await events.writes(1)
+            whole = (folder / "model.onnx").read_bytes()
+            (folder / "model.onnx").write_bytes(whole[: len(whole) // 2])
+            os.kill(pid_of(engine), signal.SIGKILL)
+            assert "SIGKILL" in await events.loses()
+            for times in (2, 3):
+                assert "cannot be loaded" in await events.loses(times)
+            engine.work(job(1, "go>"))
+            with suppress(EngineError):
+                await engine.measure(conversation("a"))
+            (folder / "model.onnx").write_bytes(whole)
+            await events.loads(2)
+            engine.work(job(2, "go>"))
+            assert (await events.ends(2)).text == HELLO
+
+    asyncio.run(scenario())
+
+
+def test_how_fast_the_model_is_is_told_beside_other_news(tiny: Path, smollm2: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            assert events.ready[0].backend == "genai"
+            engine.work(job(1, "9", temperature=1.0, max_tokens=2_000))
+            result = await events.ends(1)
+            (rates,) = events.rates
+            assert {each.rows for each in rates.decode} == {1}
+            assert len(rates.prefill) == 1
+            estimate = rates.estimate(result.prompt_tokens, result.tokens, 1)
+            assert estimate is not None
+            assert result.model_ms / 2 < estimate < 2 * result.work_ms
+        async with running(smollm2, threads=2, backend="slots", slots=3) as (engine, events):
+            info = events.ready[0]
+            assert (info.backend, info.slots, info.threads) == ("slots", 3, 2)
+            assert info.budget_tokens >= 3 * 1024
+            for each in (1, 2, 3):
+                engine.work(job(each, f"Count to {each}0.", max_tokens=40, stream=False))
+            results = [await events.ends(each) for each in (1, 2, 3)]
+            assert {each.rows for each in events.rates[-1].decode} >= {2}
+            # Shares add up to what there was, though each waited for the others.
+            shares = sum(result.model_ms for result in results)
+            assert shares < 1.1 * max(result.work_ms for result in results) + 50
+            assert shares > 0.6 * max(result.work_ms for result in results)
 
     asyncio.run(scenario())
 
@@ -465,6 +559,22 @@ def test_the_model_process_ends_with_its_stdin_in_the_middle_of_a_job(tiny: Path
         assert not any(isinstance(e, frames.Done) for e in reader.feed(worker.stdout.read()))
 
 
+def test_how_fast_the_model_is_is_said_with_the_last_of_some_jobs(tiny: Path) -> None:
+    with spawn_worker(tiny) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        asked = (frames.Generate(n, conversation("go>"), Sampling(), True) for n in range(5))
+        worker.stdin.write(b"".join(map(frames.encode, asked)))
+        worker.stdin.flush()
+        reader, told = frames.event_reader(), list[frames.Event]()
+        while not any(isinstance(event, frames.Pace) for event in told):
+            told += reader.feed(os.read(worker.stdout.fileno(), 65536))
+        assert isinstance(told[-1], frames.Pace)
+        assert [event.job_id for event in told if isinstance(event, frames.Done)] == [*range(5)]
+        worker.stdin.close()
+        assert not worker.stdout.read()
+
+
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\2\x81\xa1"])
 def test_bytes_that_are_no_frame_end_the_model_process(tiny: Path, data: bytes) -> None:
     with spawn_worker(tiny) as worker:
@@ -531,7 +641,7 @@ def test_the_model_process_is_kinder_than_the_daemon(tiny: Path) -> None:
 
 def test_a_failing_listener_is_reported_and_leaves_no_process(tiny: Path) -> None:
     class Broken(Recorder):
-        def on_text(self, job_id: int, text: str) -> None:
+        def on_text(self, *_: object, **__: object) -> None:
             raise RuntimeError("a bug")
 
     async def scenario() -> None:

@@ -86,6 +86,7 @@ def test_invariants_hold_whatever_the_faults(seed: int) -> None:
             quorum=chance.randint(0, 3),
             own_requests=pick([1, 4, 16]),
             peer_jobs=pick([0, 1, 4, 32]),
+            slots=pick([1, 2, 4]),
         ),
         seed,
     ).run()

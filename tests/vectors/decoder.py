@@ -40,6 +40,11 @@ SAMPLING: dict[str, Any] = {
     "top_p": (FLOAT, 5e-324, 1, 1.0),
     "seed": (INT, 0, 2**31 - 1, 0),
     "stop": (LIST, 0, 8, (STR, 1, 256), []),
+    "top_k": (INT, 0, 2**31 - 1, 0),
+    "min_p": (FLOAT, 0, 1, 0.0),
+    "repetition_penalty": (FLOAT, 0.1, 10, 1.0),
+    "presence_penalty": (FLOAT, -2, 2, 0.0),
+    "frequency_penalty": (FLOAT, -2, 2, 0.0),
 }
 MESSAGES: dict[str, dict[str, Any]] = {
     "propose": {
@@ -71,6 +76,9 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "queue_ms": MILLIS,
         "work_ms": MILLIS,
         "finish": ("stop", "length", "loop"),
+        "cached_tokens": (*COUNT, 0),
+        "prefill_ms": (*MILLIS, 0),
+        "model_ms": (*MILLIS, 0),
     },
     "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
 }

@@ -56,12 +56,14 @@ MESSAGES: list[Message] = [
         "request-0001",
         1,
         (ChatMessage("system", "Be brief."), ChatMessage("user", "Why is the sky blue? 🌌")),
-        Sampling(max_tokens=64, temperature=0.7, top_p=0.9, seed=5, stop=("\n\n",)),
+        Sampling(64, 0.7, 0.9, 5, ("\n\n",), 40, 0.05, 1.1, presence_penalty=-0.5),
         12_000,
     ),
     Queued("request-0001", 1, 2, 900),
     Declined("request-0001", 1, "busy", 1500),
-    Proposal("request-0001", 2, "Rayleigh scattering.", "model", 20, 5, 100, 2000, "stop"),
+    Proposal(
+        "request-0001", 2, "Rayleigh scattering.", "model", 20, 5, 100, 2000, "stop", 12, 900, 1500
+    ),
     Cancel("request-0001", 8),
 ]
 

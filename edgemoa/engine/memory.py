@@ -1,0 +1,91 @@
+"""How much memory this board could give to a process, by the kernel's word.
+
+``MemAvailable`` is of the whole machine. A service or a container may have less: its control group
+then says how much, and so may each group that it lies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from edgemoa.errors import EngineError
+
+_PROC: Final = Path("/proc")
+_GROUPS: Final = Path("/sys/fs/cgroup")
+# Names of the limits, of what is used, and of what of that can be taken back, which is the part of
+# memory.stat that was read from files and not used lately; for both versions of control groups.
+_NAMES: Final = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+}
+
+
+def available_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
+    """Memory that this process could still take, without anything being driven out of memory.
+
+    :param proc: and ``groups``: where the kernel says so.
+    :raises EngineError: it does not.
+    """
+    rooms = [_machine(proc, "MemAvailable")]
+    for version, folder in _own_groups(proc, groups):
+        limits, used, idle = _NAMES[version]
+        most = [limit for name in limits if (limit := _number(folder / name)) is not None]
+        taken = _number(folder / used)
+        if most and taken is not None:
+            rooms.append(min(most) - taken + _stat(folder / "memory.stat", idle))
+    return max(0, min(rooms))
+
+
+def total_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
+    """Memory that this process and its like may have at all. Raises as :func:`available_bytes`."""
+    totals = [_machine(proc, "MemTotal")]
+    for version, folder in _own_groups(proc, groups):
+        limits = (_number(folder / name) for name in _NAMES[version][0])
+        totals += [limit for limit in limits if limit is not None]
+    return min(totals)
+
+
+def _machine(proc: Path, wanted: str) -> int:
+    for line in (proc / "meminfo").read_text("ascii").splitlines():
+        name, _, amount = line.partition(":")
+        if name == wanted:
+            return int(amount.split()[0]) * 1024
+    raise EngineError("The kernel does not say how much memory there is.")
+
+
+def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[int, Path]]:
+    """The folders of this process's control group and those that it lies in, with the version."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:  # a kernel without them
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = 1 if controllers else 2
+        top = groups / "memory" if version == 1 else groups
+        # In a container the path may be that of the host, of which only the group's own is shown,
+        # as the top.
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield version, top.joinpath(*parts[:depth])
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is none, or ``max``."""
+    try:
+        return int(file.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(file: Path, wanted: str) -> int:
+    try:
+        pairs = (line.split() for line in file.read_text("ascii").splitlines())
+        return next((int(pair[1]) for pair in pairs if pair[0] == wanted), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
