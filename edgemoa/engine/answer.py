@@ -123,6 +123,11 @@ class Answer:
         self._started_s = time.perf_counter()
         self._prefilled_s = self._started_s
 
+    @property
+    def left(self) -> int:
+        """How many tokens may still follow."""
+        return self._limit - self._tokens
+
     def begin(self) -> None:
         """The model turns to this job now: what it waited does not count."""
         self._started_s = time.perf_counter()

@@ -60,15 +60,6 @@ class Cache:
         for buffer in self._buffers:
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
-    def swap(self, one: int, tokens: int, other: int, other_tokens: int) -> None:
-        """Exchange two rows, of which so many tokens are written."""
-        for buffer in self._buffers:
-            kept = buffer[one, :, :tokens].copy()
-            buffer[one, :, :other_tokens] = buffer[other, :, :other_tokens]
-            buffer[other, :, :tokens] = kept
-        self.release(one, other_tokens, tokens)
-        self.release(other, tokens, other_tokens)
-
     def release(self, row: int, start: int, end: int) -> None:
         """Give back the memory of positions ``start`` to ``end``, beyond which nothing is
         written; nothing where ``end`` is not after ``start``."""

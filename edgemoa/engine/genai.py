@@ -40,6 +40,7 @@ class GenaiBackend:
     name = "genai"
     slots = 1
     reads_ahead = False  # a prompt begins with an empty memory
+    guess_cost = 1.0  # nothing is guessed
     has_to_read = False
 
     def __init__(self, model: Any, reader: Reader, *, ends_loops: bool) -> None:

@@ -72,7 +72,7 @@ def _accelerated(wish: Wish, notes: list[str]) -> Backend | None:
 
 def _fast(wish: Wish, notes: list[str]) -> Backend | None:
     """The slots back end; None, and a note, for a model that it does not run."""
-    from edgemoa.engine import slots  # noqa: PLC0415
+    from edgemoa.engine import ragged, slots  # noqa: PLC0415
 
     try:
         return slots.load(
@@ -83,7 +83,7 @@ def _fast(wish: Wish, notes: list[str]) -> Backend | None:
             memory_mb=wish.memory_mb,
             ends_loops=wish.ends_loops,
         )
-    except slots.UnsuitedError as error:
+    except ragged.UnsuitedError as error:
         notes.append(f"The slots back end does not run this model: {error}.")
         if wish.backend == "slots":
             hint = 'Import the model with edgemoa, or set model.backend to "auto".'

@@ -79,11 +79,19 @@ class Gauge:
         return step / statistics.median(steps)
 
     def decode(self, jobs: int, context: int) -> float | None:
-        """Tokens a second in all that are written for so many jobs behind ``context`` tokens; None
-        where there is no room for them, and for a model that has nothing to say.
+        """Tokens a second in all that are written for so many jobs behind ``context`` tokens,
+        without guesses: how many come true is for the text to say. None where there is no room for
+        them, and for a model that has nothing to say.
 
         Raises :class:`EngineError` where the model fails.
         """
+        cost, self._backend.guess_cost = self._backend.guess_cost, 1.0
+        try:
+            return self._decode(jobs, context)
+        finally:
+            self._backend.guess_cost = cost
+
+    def _decode(self, jobs: int, context: int) -> float | None:
         messages = self._prompt(context, 0)
         limit = 4 * _DECODE_STEPS
         room = self._backend.context_tokens - self._backend.count(messages)

@@ -1,25 +1,26 @@
 """The fast back end on CPU: onnxruntime alone, many jobs at a time, nothing read twice.
 
-Each job has a slot, a row of the :class:`~edgemoa.engine.cache.Cache` that a run of the graph
-reads as its past and writes as its present, in place. All jobs that write make their next token in
-one run over neighbouring rows; a prompt is read in its own row, a chunk between two such runs. A
-slot whose job has ended keeps what was read, for the next prompt that begins alike; and what a
-prompt will surely begin with can be read ahead of it, in a slot that nobody needs.
+Each job has a slot, a row of the cache of a :class:`~edgemoa.engine.ragged.Graph`. All jobs that
+write make their next tokens in one run; a prompt is read in its own row, a chunk between two such
+runs. A job that writes has its next tokens guessed (:mod:`edgemoa.engine.drafts`): the model reads
+the guesses with the last token, and as many as it would have written itself are written by that
+run. A slot whose job has ended keeps what lies in its row, prompt and answer, for the next prompt
+that begins alike; and what a prompt will surely begin with can be read ahead of it, in a slot that
+nobody needs.
 
-**A job's text does not depend on what else runs.** Rows of a run are computed as each would be by
-itself (:meth:`SlotsBackend.warm_up` looks whether that is so on this machine), and a prompt's keys
-and values are the same however it is cut into chunks. What a job *wrote* is not kept: a single
-token's attention is computed by another kernel than several tokens', with other last digits.
+**A job's text does not depend on what else runs**, on what was read or guessed, on how a prompt is
+cut into chunks: the graph computes the same for a token however it is brought in.
+:meth:`SlotsBackend.warm_up` looks whether that is so on this machine; where it is not, nothing is
+guessed, and of what a job wrote nothing is kept.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,9 @@ import numpy.typing as npt
 from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.core.rates import Meter
+from edgemoa.engine import drafts
 from edgemoa.engine.answer import (
     CHUNKS,
-    SPIN_US,
     Answer,
     Reader,
     cause,
@@ -37,14 +38,15 @@ from edgemoa.engine.answer import (
     find_chunk,
     load_reader,
 )
-from edgemoa.engine.cache import Cache
+from edgemoa.engine.drafts import Drafts
 from edgemoa.engine.frames import Done, Event, Failed, Generate, Score, Scored
 from edgemoa.engine.memory import available_bytes
+from edgemoa.engine.ragged import Graph, UnsuitedError, load_session
 from edgemoa.engine.sampling import Sampler
-from edgemoa.engine.score import LOGITS_BYTES, Scoring, scoring
+from edgemoa.engine.score import Scoring, scoring
 from edgemoa.errors import EngineError, ModelInvalidError
 from edgemoa.text.files import IMPORT_AGAIN
-from edgemoa.text.settings import CONFIG, Config, read_config
+from edgemoa.text.settings import CONFIG, read_config
 
 MOST_SLOTS: Final = 4  # unless the settings say otherwise
 MEMORY_SHARE: Final = 0.5  # of what is available when the model is loaded, for keys and values
@@ -52,112 +54,23 @@ LEAST_SLOT_TOKENS: Final = 1024  # a slot more is not worth it where memory hold
 
 WORTH_REUSING: Final = 8  # tokens: a prefill step saved
 
-_SCRATCH: Final = 0  # the row beside the first slot that holds nothing of anybody's
-_FIRST: Final = 1
-_WANTED: Final = "wanted_positions"
-_SCORES: Final = "wanted_logits"
-_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-
-
-class UnsuitedError(Exception):
-    """This back end does not run such a model, and why; genai may. Never meets a person."""
-
-
-class Graph:
-    """A decoder as ``edgemoa.models.graph`` writes it, and its cache."""
-
-    def __init__(self, session: Any, config: Config, rows: int) -> None:
-        """Raises :class:`UnsuitedError` for a graph that takes or gives anything else."""
-        decoder = config.model.decoder
-        self._session = session
-        inputs = {each.name: each for each in session.get_inputs()}
-        outputs = {each.name: each for each in session.get_outputs()}
-        self._past = [name for name in inputs if _PAST.fullmatch(name)]
-        self._present = [name.replace("past_key_values", "present") for name in self._past]
-        heads, size = decoder.num_key_value_heads, decoder.head_size
-        self.vocabulary = config.model.vocab_size
-        fits = (
-            inputs.keys() == {"input_ids", "attention_mask", *self._past}
-            and outputs.keys() - {"hidden", _SCORES} == {"logits", *self._present}
-            and len(self._past) == 2 * decoder.num_hidden_layers
-            and all(
-                inputs[each].type == "tensor(int64)" for each in ("input_ids", "attention_mask")
-            )
-            and all(
-                inputs[each].type == "tensor(float)" and inputs[each].shape[1::2] == [heads, size]
-                for each in self._past
-            )
-            and outputs["logits"].type == "tensor(float)"
-            and outputs["logits"].shape[1:] == [1, self.vocabulary]
-        )
-        if not fits:
-            raise UnsuitedError("its graph has other inputs or outputs")
-        self.cache = Cache(len(self._past), rows, heads, config.model.context_length, size)
-        self._logits = np.empty((rows, 1, self.vocabulary), np.float32)
-        self._bindings: dict[tuple[int, int], Any] = {}
-        optional = {each.name for each in session.get_overridable_initializers()}
-        self.scores = _WANTED in optional and _SCORES in outputs
-
-    def run(
-        self, first: int, tokens: npt.NDArray[np.int64], lengths: list[int]
-    ) -> npt.NDArray[np.float32]:
-        """Read ``tokens`` [rows, count] into the rows from ``first`` on, which have ``lengths``
-        tokens after it. The logits [rows, vocabulary] of the last ones are good until the next run.
-
-        Raises :class:`EngineError` where onnxruntime fails.
-        """
-        rows = len(tokens)
-        mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
-        binding = self._bindings.get((first, rows))
-        if binding is None:
-            binding = self._bindings[first, rows] = self._bind(first, rows)
-        self._run(binding, input_ids=tokens, attention_mask=mask)
-        return self._logits[:rows, 0]
-
-    def read_all(
-        self, row: int, tokens: npt.NDArray[np.int64], length: int
-    ) -> npt.NDArray[np.float32]:
-        """As :meth:`run` for one row, with the logits [count, vocabulary] of all its tokens, in an
-        array of their own. Only where ``scores`` says that the graph can.
-        """
-        count = len(tokens)
-        logits = np.empty((1, count, self.vocabulary), np.float32)
-        binding = self._bind(row, 1)
-        binding.bind_output(_SCORES, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        mask, wanted = np.ones((1, length), np.int64), np.arange(count)
-        inputs = {"input_ids": tokens[None], "attention_mask": mask, _WANTED: wanted}
-        self._run(binding, **inputs)
-        return logits.reshape(count, -1)
-
-    def _run(self, binding: Any, **inputs: npt.NDArray[np.int64]) -> None:
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's own derive from nothing in particular
-            raise EngineError(f"The model failed: {cause(error)}") from error
-
-    def _bind(self, first: int, rows: int) -> Any:
-        binding = self._session.io_binding()
-        shape = (rows, *self.cache.shape)
-        addresses = self.cache.addresses(first)
-        for past, present, address in zip(self._past, self._present, addresses, strict=True):
-            binding.bind_input(past, "cpu", 0, np.float32, shape, address)
-            binding.bind_output(present, "cpu", 0, np.float32, shape, address)
-        logits = self._logits[:rows]
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        return binding
+_SPARE: Final = drafts.MOST + 1  # places behind a row's tokens that wrong guesses are written to
+_TRIES: Final = 6
+_TRYING_S: Final = 0.5
+_ROWS: Final = 2  # at least, to look whether they are computed alike
 
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A row's contents: the prompt's tokens, how many of them were read, how many tokens lie in
-    the row with those that were written; and the job, if one is at work here.
+    """A row's contents: the prompt's tokens, how many of them were read, the tokens behind them
+    that were written, how many lie in the row altogether; and the job, if one is at work here.
     """
 
     prompt: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     read: int = 0
+    written: list[int] = field(default_factory=list)
     length: int = 0
+    drafts: Drafts | None = None
     answer: Answer | Scoring | None = None
     worst: int = 0  # tokens, at the end of the job
     used: int = 0  # when it was last given a job; of two, the later has more
@@ -208,7 +121,8 @@ class SlotsBackend:
         self.slots = slots
         self.chunk_tokens = CHUNKS[-1]
         self.budget_tokens = budget_tokens
-        self.pairs_up = False  # whether a lone row is computed along with a second one
+        self.is_exact = False  # whether a token is computed alike however it is brought in
+        self.guess_cost = 1.0  # of a token more in a run, in runs of a single one
         self._graph = graph
         self._cache = graph.cache
         self._reader = reader
@@ -269,11 +183,6 @@ class SlotsBackend:
         return True
 
     def _scoring(self, job: Score, prompt: list[int]) -> Scoring:
-        if not self._graph.scores:
-            raise EngineError(
-                "The model was imported by an earlier edgemoa, whose graphs do not score texts.",
-                hint=IMPORT_AGAIN,
-            )
         return scoring(job, self._reader.tokens, len(prompt), self.context_tokens)
 
     def drop(self, job_id: int) -> None:
@@ -338,8 +247,8 @@ class SlotsBackend:
 
     def warm_up(self) -> None:
         """Run the model on something harmless: brings its weights into memory, shows whether it
-        computes at all, finds the prefill step that this board does in time, and whether a row by
-        itself is computed as it is among others.
+        computes at all, finds the prefill step that this board does in time, whether tokens are
+        computed alike however they are brought in, and what guessing costs.
 
         Raises :class:`EngineError` for a model that computes nothing valid.
         """
@@ -347,17 +256,44 @@ class SlotsBackend:
         most = self.context_tokens - 1
 
         def read(tokens: int) -> None:
-            logits = self._graph.run(_FIRST, np.resize(prompt, (1, tokens)), [tokens])
+            logits = self._graph.run(0, [np.resize(prompt, tokens)], [0])
             Sampler(Sampling()).pick(logits[0])
 
         self.chunk_tokens = find_chunk(read, most)
-        length = min(CHUNKS[-1], most) + 1
-        last = prompt[None, -1:]
-        alone = self._graph.run(_FIRST, last, [length])[0].copy()
-        paired = self._graph.run(_SCRATCH, np.repeat(last, 2, 0), [1, length])[1]
-        self.pairs_up = not np.array_equal(alone, paired)
-        self._cache.release(_SCRATCH, 0, 1)
-        self._cache.release(_FIRST, 0, min(CHUNKS[0], most) + 1)
+        if most > CHUNKS[-1] + _SPARE:
+            self._look(np.resize(prompt, CHUNKS[-1] + _SPARE))
+        for row in range(_ROWS):
+            self._cache.release(row, 0, min(CHUNKS[0] + _SPARE, most))
+
+    def _look(self, text: npt.NDArray[np.int64]) -> None:
+        """Read a text in several ways."""
+        run, start = self._graph.run, len(text) - 2
+        whole = run(0, [text], [0])[0].copy()
+        for self._graph.doubles in (False, True):
+            found = []
+            for rows in (1, 2):
+                for row in range(rows):
+                    run(row, [text[:start]], [0])
+                run(0, [text[start:-1]] * rows, [start] * rows)
+                found += list(run(0, [text[-1:]] * rows, [start + 1] * rows).copy())
+            self.is_exact = all(np.array_equal(whole, each) for each in found)
+            if self.is_exact or np.array_equal(found[0], found[1]):
+                break
+        self.guess_cost = self._cost_of_more(text) if self.is_exact else 1.0
+
+    def _cost_of_more(self, text: npt.NDArray[np.int64]) -> float:
+        """What a token more takes in a run, in runs of a single one; by the best of some runs."""
+        best = {1: float("inf"), 1 + drafts.MOST: float("inf")}
+        started_s = before_s = time.perf_counter()
+        for tokens in (*best,) * _TRIES:
+            self._graph.run(0, [text[:tokens]], [0], every=True)
+            now_s = time.perf_counter()
+            best[tokens] = min(best[tokens], now_s - before_s)
+            before_s = now_s
+            if now_s - started_s > _TRYING_S and tokens > 1:
+                break
+        one, more = best.values()
+        return min(max((more - one) / (drafts.MOST * one), 0.0), 1.0)
 
     # --- running
 
@@ -387,8 +323,7 @@ class SlotsBackend:
         started_s = time.perf_counter()
         start, count = slot.read, chunk_of(len(slot.prompt) - slot.read, self.chunk_tokens)
         end = start + count
-        chunk = slot.prompt[None, start:end]
-        (logits,) = self._graph.run(self._row(slot), chunk, [end])
+        (logits,) = self._graph.run(self._row(slot), [slot.prompt[start:end]], [start])
         slot.read = slot.length = end
         self.meter.observe_prefill(count, start, 1000 * (time.perf_counter() - started_s))
         return np.asarray(logits)
@@ -411,30 +346,61 @@ class SlotsBackend:
         slot.ahead_s += self._owed_s
 
     def _write(self, slots: list[_Slot]) -> list[Event]:
-        """A token more for each of the slots, in one run."""
+        """A token more for each of the slots, and those that were guessed right, in one run."""
         started_s = time.perf_counter()
-        self._gather(slots)
-        slots = sorted(slots, key=self._row)
-        first = self._row(slots[0])
-        tokens = [slot.answer.last if slot.answer else 0 for slot in slots]
-        lengths = [slot.length + 1 for slot in slots]
-        if self.pairs_up and len(slots) == 1:
-            self._move(slots[0], _FIRST)
-            logits = self._graph.run(
-                _SCRATCH, np.array([[tokens[0]], tokens], np.int64), [1, *lengths]
-            )[1:]
-        else:
-            logits = self._graph.run(first, np.array(tokens, np.int64)[:, None], lengths)
+        contexts = sum(slot.length for slot in slots) / len(slots)
+        rows = [self._row(slot) for slot in slots]
+        first = min(rows)
+        tokens: list[list[int]] = [[] for _ in range(first, max(rows) + 1)]
+        for slot in slots:
+            tokens[self._row(slot) - first] = self._next(slot, len(slots))
+        starts = [slot.length for slot in self._slots[first : first + len(tokens)]]
+        logits = self._graph.run(first, tokens, starts, every=True)
         share_s = (time.perf_counter() - started_s) / len(slots)
         events: list[Event] = []
-        for slot, row in zip(slots, logits, strict=True):
-            slot.length += 1
-            if slot.answer is not None:
+        written = at = 0
+        for slot, fed in zip(self._slots[first:], tokens, strict=False):
+            if fed and slot.answer is not None:
                 slot.answer.model_s += share_s
+                before = slot.length
+                events += self._take(slot, fed, logits[at : at + len(fed)])
+                written += max(slot.length - before, 1)
+                at += len(fed)
+        ms = 1000 * (time.perf_counter() - started_s)
+        self._owed_s -= ms / 1000
+        self.meter.observe_decode(len(slots), contexts, ms * len(slots) / written)
+        return events
+
+    def _next(self, slot: _Slot, jobs: int) -> list[int]:
+        """A slot's last token, and guesses of what follows, as far as they pay while so many jobs
+        write: what a run costs beside its tokens is shared by all."""
+        assert isinstance(slot.answer, Answer)  # noqa: S101 - else it does not write
+        answer, alone = slot.answer, self.guess_cost
+        if alone >= 1:
+            return [answer.last]
+        if slot.drafts is None:
+            slot.drafts = Drafts([*slot.prompt.tolist(), answer.last])
+        room = self._graph.most_logits // jobs - 1
+        cost = alone / ((1 - alone) / jobs + alone)
+        return [answer.last, *slot.drafts.guess(min(drafts.MOST, answer.left - 1, room), cost)]
+
+    def _take(self, slot: _Slot, fed: list[int], logits: npt.NDArray[np.float32]) -> list[Event]:
+        """Go on by the logits of a slot's last token, and by those of guesses as long as these are
+        what is picked."""
+        events: list[Event] = []
+        for number, (token, row) in enumerate(zip(fed, logits, strict=True)):
+            slot.written.append(token)
+            slot.length += 1
             events += self._pick(slot, row)
-        seconds = time.perf_counter() - started_s
-        self._owed_s -= seconds
-        self.meter.observe_decode(len(slots), sum(lengths) / len(slots), 1000 * seconds)
+            if not isinstance(slot.answer, Answer):
+                break  # it has ended
+            right = number + 1 < len(fed) and slot.answer.last == fed[number + 1]
+            if slot.drafts is not None:
+                slot.drafts.push(slot.answer.last)
+                if number + 1 < len(fed):
+                    slot.drafts.judge(right=right)
+            if not right:
+                break
         return events
 
     def _score(self, slots: list[_Slot]) -> list[Event]:
@@ -442,13 +408,13 @@ class SlotsBackend:
         started_s = time.perf_counter()
         (slot,) = slots
         assert isinstance(slot.answer, Scoring)  # noqa: S101 - else it does not score
-        most = max(2, min(self.chunk_tokens, LOGITS_BYTES // (4 * self._graph.vocabulary)))
+        most = min(self.chunk_tokens, self._graph.most_logits)
         stretch = slot.answer.next(most)
         if stretch.start == 0:  # in place of the candidate before
             self._keep(slot, slot.read)
-        end = slot.read + stretch.end
-        logits = self._graph.read_all(self._row(slot), stretch.tokens, end)
-        slot.length = end
+        start = slot.read + stretch.start
+        logits = self._graph.run(self._row(slot), [stretch.tokens], [start], every=True)
+        slot.length = slot.read + stretch.end
         events = slot.answer.take(stretch, logits)
         seconds = time.perf_counter() - started_s
         slot.answer.model_s += seconds
@@ -477,24 +443,7 @@ class SlotsBackend:
     # --- rows
 
     def _row(self, slot: _Slot) -> int:
-        return _FIRST + self._slots.index(slot)
-
-    def _gather(self, slots: list[_Slot]) -> None:
-        """Make the slots neighbours."""
-        rows = sorted(map(self._row, slots))
-        wanted = range(rows[0], rows[0] + len(rows))
-        outside = [row for row in rows if row not in wanted]
-        for row in wanted:
-            if row not in rows:
-                self._move(self._slots[outside.pop() - _FIRST], row)
-
-    def _move(self, slot: _Slot, row: int) -> None:
-        """Exchange a slot's row with that of the slot that lies at ``row``."""
-        here, other = self._row(slot), self._slots[row - _FIRST]
-        if here == row:
-            return
-        self._cache.swap(here, slot.length, row, other.length)
-        self._slots[row - _FIRST], self._slots[here - _FIRST] = slot, other
+        return self._slots.index(slot)
 
     # --- what is kept
 
@@ -547,15 +496,19 @@ class SlotsBackend:
 
     def _keep(self, slot: _Slot, tokens: int) -> None:
         """Forget what lies in a slot beyond so many of its prompt's tokens."""
-        self._cache.release(self._row(slot), tokens, slot.length)
+        end = min(slot.length + _SPARE, self._cache.capacity) if slot.length else 0
+        self._cache.release(self._row(slot), tokens, end)
         slot.read = slot.length = tokens
-        slot.ahead = ""
+        slot.written, slot.drafts, slot.ahead = [], None, ""
         if tokens == 0:
             slot.ahead_tokens, slot.ahead_s = 0, 0.0
 
     def _free(self, slot: _Slot) -> None:
         self._jobs.remove(slot)
         slot.answer, slot.worst = None, 0
+        if self.is_exact and slot.written:
+            slot.prompt = np.concatenate([slot.prompt, slot.written])
+            slot.read = len(slot.prompt)
         self._keep(slot, slot.read)
 
     def _make_room(self, spared: _Slot) -> None:
@@ -599,7 +552,7 @@ def load(
     if config.search.get("past_present_share_buffer") is not True:
         raise UnsuitedError("its keys and values cannot stay in one place")
     reader = load_reader(model_dir, config.model.context_length)
-    session = _session(model_dir, config, threads)
+    session = load_session(model_dir, threads)
     decoder = config.model.decoder
     token_bytes = 8 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_size
     budget = (memory_mb << 20 or int(available_bytes() * MEMORY_SHARE)) // token_bytes
@@ -607,34 +560,9 @@ def load(
         slots = max(1, min(most_slots, budget // LEAST_SLOT_TOKENS))
     budget = min(budget, slots * config.model.context_length)
     try:
-        graph = Graph(session, config, _FIRST + slots)
+        graph = Graph(session, config, max(slots, _ROWS))
     except (EngineError, MemoryError) as error:
         raise UnsuitedError(cause(error).rstrip(".")) from error
     backend = SlotsBackend(graph, reader, slots, budget, ends_loops=ends_loops)
     backend.warm_up()
     return backend
-
-
-def _session(model_dir: Path, config: Config, threads: int) -> Any:
-    import onnxruntime  # noqa: PLC0415 - heavy, and for models that this back end runs alone
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors
-    entries = {
-        name: str(value)
-        for name, value in config.model.decoder.session_options.items()
-        if "." in name  # the others are not entries; what an entry may be, read_config has checked
-    }
-    for name, value in (entries | {"session.intra_op.spin_duration_us": str(SPIN_US)}).items():
-        options.add_session_config_entry(name, value)
-    try:
-        return onnxruntime.InferenceSession(
-            str(model_dir / config.model.decoder.filename),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-    except Exception as error:  # onnxruntime's own derive from nothing in particular
-        said = cause(error).replace(f"{model_dir}/", "").rstrip(".")
-        raise UnsuitedError(f"onnxruntime cannot load it: {said}") from error

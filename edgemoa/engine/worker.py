@@ -50,6 +50,7 @@ class Backend(Protocol):
 
     slots: int
     chunk_tokens: int  # of a prefill step
+    guess_cost: float  # of a guessed token, in runs of a single one; 1: nothing is guessed
 
     @property
     def budget_tokens(self) -> int:

@@ -1,7 +1,27 @@
 """The ONNX graphs of a decoder, and the file of weights that they share.
 
-Graphs work on ``[tokens, hidden]``: batch and sequence are one dimension wherever no attention is
-computed, which lets ``Gemm`` add the minimum's part of a product to the rest of it in one node.
+There are two, of the same weights:
+
+*model.onnx*, as onnxruntime-genai wants one. ``input_ids`` and ``attention_mask`` int64 [batch,
+sequence] and [batch, total] (its row sums tell each sequence's length). ``logits`` [batch, 1,
+vocabulary] of the last position.
+
+*ragged.onnx*, for any number of new tokens in each row of a cache, which may differ. All tokens of
+a run lie one behind the other; only attention sees them by rows. With ``span`` the most tokens
+that a row has:
+
+- ``input_ids`` int64 [tokens]
+- ``row_tokens`` int64 [rows, span]: the token at each place of each row, anything where there is
+  none; ``token_places`` int64 [tokens]: the place of each token, counted through all rows
+- ``query_seqlens`` int32 [rows]: places in use, 0 to ``span``; ``seqlens_k`` int32 [rows]: tokens
+  that the row has with them, less one; ``total_sequence_length`` int32 []: most tokens of any row
+- ``wanted`` int64 [wanted]: the tokens that ``logits`` [1, wanted, vocabulary] and ``hidden`` [1,
+  wanted, hidden] (what the head is given) are computed for
+
+Both have ``past_key_values.N.key|value`` float32 [rows, kv_heads, past, head_size], and
+``present.N.key|value``, which may be the very buffers of the past.
+
+The flow through the layers is [batch, sequence, hidden], in the second [1, tokens, hidden].
 
 The weights file is written front to back, tensor by tensor; graphs refer to places in it as ONNX
 external data, so two graphs share one file (and the pages of it in memory).
@@ -20,20 +40,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgemoa.models.architecture import Architecture
-from edgemoa.models.blocks import BLOCK, SUPERBLOCK, Format
+from edgemoa.models.blocks import BLOCK, Format
 
 OPSET: Final = 21
 MICROSOFT: Final = "com.microsoft"
 ALIGNMENT: Final = 64  # a cache line: kernels may read weights in place
 INT8_ACTIVATIONS: Final = 4  # accuracy_level of MatMulNBits: the fast path on CPUs
-
-WANTED: Final = "wanted_positions"
-"""The input of generation graphs that has a default; onnxruntime-genai does not know of it."""
-
-SESSION_CONFIG: Final = {"session.disable_quant_qdq": "1"}
-"""What a session that runs these graphs must be told. By default onnxruntime does not compute
-``DequantizeLinear`` when it loads a graph, and ``MatMulNBits`` gives wrong results, without a word,
-if its scales are not constant by then (1.32)."""
 
 
 class WeightsFile:
@@ -79,10 +91,11 @@ class WeightsFile:
 class Matrix:
     """A weight [rows, columns] in the weights file, under names that start with ``name``.
 
-    Blocks: ``name.q`` uint8 [rows, blocks, bytes], ``name.d`` and, with a minimum, ``name.m``
-    float16 [rows, blocks]. Superblocks: ``name.d`` and ``name.m`` float16 [rows, superblocks],
-    ``name.ds`` and ``name.ms`` uint8 [rows, blocks]. Floats: ``name.w`` [rows, columns]. With a
-    bias: ``name.b`` [rows]. ``parts`` are the rows of what lies in it, one below the other.
+    Blocks: ``name.q`` uint8 [rows, blocks, bytes] and ``name.d`` float16 or float32 [rows, blocks],
+    with ``digits`` sets of columns behind its own (see :mod:`edgemoa.models.blocks`), then also
+    ``name.z``, packed zero points. Rows to be gathered, with a minimum: ``name.c`` float16 [rows,
+    own blocks], what to add. Floats: ``name.w`` [rows, columns]. With a bias: ``name.b`` [rows].
+    ``parts`` are the rows of what lies in it, one below the other.
     """
 
     name: str
@@ -90,10 +103,16 @@ class Matrix:
     format: Format
     parts: tuple[int, ...]
     bias: bool = False
+    digits: int = 0
 
     @property
     def rows(self) -> int:
         return sum(self.parts)
+
+    @property
+    def added_blocks(self) -> int:
+        """Blocks behind its own."""
+        return self.digits * -(-self.columns // BLOCK**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,37 +145,26 @@ class Decoder:
 
 
 def decoder_graph(
-    decoder: Decoder, entries: dict[str, TensorProto], *, every_position: bool
+    decoder: Decoder, entries: dict[str, TensorProto], *, ragged: bool
 ) -> onnx.ModelProto:
-    """The graph that onnxruntime-genai and our engine run.
-
-    Inputs: ``input_ids`` int64 [batch, sequence], ``attention_mask`` int64 [batch, total] (its row
-    sums tell each sequence's length), ``past_key_values.N.key|value`` float32 [batch, kv_heads,
-    past, head_size]. Outputs: ``logits`` float32 [batch, 1 or sequence, vocabulary] and
-    ``present.N.key|value``, which may be the very buffers of the past.
-
-    Without ``every_position`` there are also ``hidden`` float32 [batch, sequence, hidden], what the
-    head is given, and ``wanted_logits`` [batch, wanted, vocabulary] for the input
-    ``wanted_positions`` int64 [wanted], indices into the sequence; by default there are none.
-    """
-    return _Graph(decoder, entries, every_position).build()
+    """One of the two graphs; see the module."""
+    return _Graph(decoder, entries, ragged).build()
 
 
 class _Graph:
-    def __init__(
-        self, decoder: Decoder, entries: dict[str, TensorProto], every_position: bool
-    ) -> None:
+    def __init__(self, decoder: Decoder, entries: dict[str, TensorProto], ragged: bool) -> None:
         self.decoder = decoder
         self.sizes = decoder.architecture
         self.entries = entries
-        self.every_position = every_position
+        self.ragged = ragged
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.made: set[str] = set()
 
     def build(self) -> onnx.ModelProto:
         d = self.decoder
-        self._lengths()
+        if not self.ragged:
+            self._lengths()
         hidden = self._embed()
         residual = ""
         for number, layer in enumerate(d.layers):
@@ -177,12 +185,10 @@ class _Graph:
                 hidden = self._norm(
                     f"{prefix}.post_feed_forward_norm", hidden, layer.post_feed_forward_norm
                 )
-        normed, _ = self._add_norm("final_norm", hidden, residual, d.final_norm)
-        if self.every_position:
-            logits = self._products("head", normed, (d.head,))[0]
-            self._by_sequence(logits, self.sizes.vocabulary, "logits")
-        else:
-            self._logits(normed)
+        hidden = self._wanted("wanted.hidden", hidden)
+        residual = self._wanted("wanted.residual", residual)
+        self._add_norm("hidden", hidden, residual, d.final_norm)
+        self._products("head", "hidden", (d.head,), "logits")
         return self._model()
 
     # --- parts
@@ -195,18 +201,31 @@ class _Graph:
         self._node("Shape", ["attention_mask"], "mask_shape")
         self._node("Gather", ["mask_shape", self._constant(1)], "total", axis=0)
         self._node("Cast", ["total"], "total_sequence_length", to=TensorProto.INT32)
-        self._node("Shape", ["input_ids"], "batch_sequence")
 
-    def _by_sequence(self, x: str, width: int, output: str) -> str:
-        """[tokens, width] as [batch, sequence, width]."""
-        shape = f"batch_sequence_{width}"
-        if shape not in self.made:
-            self._node("Concat", ["batch_sequence", self._constant([width])], shape, axis=0)
-        return self._node("Reshape", [x, shape], output)
+    def _by_row(self, x: str) -> str:
+        """For attention: the flow as [rows, span, width]."""
+        if not self.ragged:
+            return x
+        spread = self._node("Gather", [x, "row_tokens"], f"{x}.spread", axis=1)
+        return self._node("Squeeze", [spread, self._constant([0])], f"{x}.by_row")
+
+    def _in_line(self, x: str, width: int) -> str:
+        """Back from :meth:`_by_row`."""
+        if not self.ragged:
+            return x
+        places = self._node("Reshape", [x, self._constant([1, -1, width])], f"{x}.places")
+        return self._node("Gather", [places, "token_places"], f"{x}.in_line", axis=1)
+
+    def _wanted(self, name: str, x: str) -> str:
+        """The tokens whose logits are asked for."""
+        which = "wanted" if self.ragged else self._constant([-1])
+        return self._node("Gather", [x, which], name, axis=1)
 
     def _embed(self) -> str:
         matrix = self.decoder.embedding
-        ids = self._node("Reshape", ["input_ids", self._constant([-1])], "ids")
+        ids = "input_ids"
+        if self.ragged:
+            ids = self._node("Unsqueeze", [ids, self._constant([0])], "ids")
         if matrix.format.bits:
             rows = self._embed_blocks(matrix, ids)
         else:
@@ -217,7 +236,8 @@ class _Graph:
         return self._node("Mul", [rows, scale], "embedding.scaled")
 
     def _embed_blocks(self, matrix: Matrix, ids: str) -> str:
-        shape = self._constant([matrix.rows, matrix.columns // BLOCK, 1])
+        own = matrix.columns // BLOCK
+        shape = self._constant([matrix.rows, own + matrix.added_blocks, 1])
         scale = self._node("Reshape", [self._scale(matrix), shape], "embedding.scale")
         rows = self._node(
             "GatherBlockQuantized",
@@ -229,11 +249,14 @@ class _Graph:
             gather_axis=0,
             quantize_axis=2,
         )
+        if matrix.added_blocks:  # they are for products
+            ends = [self._constant([n]) for n in (0, own, 2)]
+            rows = self._node("Slice", [rows, *ends], "embedding.own")
         if matrix.format.centre:
-            shift = self._node("Gather", [self._shift(matrix), ids], "embedding.shifts")
-            shift = self._node("Unsqueeze", [shift, self._constant([2])], "embedding.shifts.3d")
+            shift = self._node("Gather", [self._float(f"{matrix.name}.c"), ids], "embedding.shifts")
+            shift = self._node("Unsqueeze", [shift, self._constant([3])], "embedding.shifts.4d")
             rows = self._node("Add", [rows, shift], "embedding.shifted")
-        return self._node("Reshape", [rows, self._constant([-1, matrix.columns])], "embedding")
+        return self._node("Reshape", [rows, self._constant([0, 0, matrix.columns])], "embedding")
 
     def _norm(self, name: str, x: str, gain: str) -> str:
         """RMS norm over the last dimension."""
@@ -282,6 +305,7 @@ class _Graph:
                     "seqlens_k",
                     "total_sequence_length",
                     *self._rope(sizes.layer_ropes[number]),
+                    *([""] * 7 + ["query_seqlens"] if self.ragged else []),
                 ],
                 [out, f"{present}.key", f"{present}.value"],
                 name=out,
@@ -293,25 +317,26 @@ class _Graph:
                 **attributes,
             )
         )
-        shape = self._constant([-1, sizes.heads * sizes.head_size])
-        flat = self._node("Reshape", [out, shape], f"{out}.flat")
-        return self._products(f"{prefix}.attention_out", flat, (layer.attention_out,))[0]
+        attended = self._in_line(out, sizes.heads * sizes.head_size)
+        return self._products(f"{prefix}.attention_out", attended, (layer.attention_out,))[0]
 
     def _queries_keys_values(self, prefix: str, layer: Layer, x: str) -> list[str]:
         """Three inputs of attention. The first may hold all, the others are empty then."""
         name = f"{prefix}.qkv"
         outputs = self._products(name, x, layer.qkv)
         if len(outputs) == 1 and not layer.query_norm:
-            return [self._by_sequence(outputs[0], layer.qkv[0].rows, f"{name}.3d"), "", ""]
+            return [self._by_row(outputs[0]), "", ""]
         norms = (layer.query_norm, layer.key_norm, "")
         inputs = []
         for part, (flat, width) in enumerate(self._parts(name, outputs, layer.qkv)):
             state = flat
             if norms[part]:
-                shape = self._constant([-1, self.sizes.head_size])
+                shape = self._constant([0, -1, self.sizes.head_size])
                 heads = self._node("Reshape", [flat, shape], f"{name}.heads.{part}")
                 state = self._norm(f"{name}.normed.{part}", heads, norms[part])
-            inputs.append(self._by_sequence(state, width, f"{name}.3d.{part}"))
+                shape = self._constant([0, -1, width])
+                state = self._node("Reshape", [state, shape], f"{name}.flat.{part}")
+            inputs.append(self._by_row(state))
         return inputs
 
     def _rope(self, name: str) -> list[str]:
@@ -353,54 +378,59 @@ class _Graph:
         product = self._node("Mul", [active, up], f"{prefix}.gated")
         return self._products(f"{prefix}.down", product, (layer.down,))[0]
 
-    def _logits(self, x: str) -> None:
-        """Logits of the last position of each sequence and of those that are wanted; in one
-        product, because onnxruntime would keep the head's weights once for each of two.
-        """
-        sizes = self.sizes
-        hidden = self._by_sequence(x, sizes.hidden, "hidden")
-        self._array(WANTED, np.empty(0, np.int64))
-        self._node("Concat", [self._constant([-1]), WANTED], "picked", axis=0)
-        self._node("Gather", [hidden, "picked"], "picked.3d", axis=1)
-        self._node("Reshape", ["picked.3d", self._constant([-1, sizes.hidden])], "picked.hidden")
-        logits = self._products("head", "picked.hidden", (self.decoder.head,))[0]
-        self._node("Shape", ["picked"], "picked.count")
-        batch, vocabulary = self._constant([-1]), self._constant([sizes.vocabulary])
-        self._node("Concat", [batch, "picked.count", vocabulary], "picked.shape", axis=0)
-        self._node("Reshape", [logits, "picked.shape"], "picked.logits")
-        zero, one, end = (self._constant([n]) for n in (0, 1, np.iinfo(np.int64).max))
-        self._node("Slice", ["picked.logits", zero, one, one], "logits")
-        self._node("Slice", ["picked.logits", one, end, one], "wanted_logits")
-
-    def _products(self, name: str, x: str, matrices: tuple[Matrix, ...]) -> list[str]:
-        """``x @ w.T + b`` for each matrix; they share the block sums of ``x``."""
+    def _products(
+        self, name: str, x: str, matrices: tuple[Matrix, ...], last: str = ""
+    ) -> list[str]:
+        """``x @ w.T + b`` for each matrix; the last product is called ``last``."""
         outputs = []
         for matrix in matrices:
-            out = name if len(matrices) == 1 else matrix.name
+            out = last or f"{name if len(matrices) == 1 else matrix.name}.y"
             bias = [self._weight(f"{matrix.name}.b")] if matrix.bias else []
             if not matrix.format.bits:
+                product = f"{out}.product" if bias else out
                 weight = self._weight(f"{matrix.name}.w")
-                outputs.append(self._node("Gemm", [x, weight, *bias], f"{out}.y", transB=1))
+                self._node("FusedMatMul", [x, weight], product, domain=MICROSOFT, transB=1)
+                outputs.append(self._node("Add", [product, *bias], out) if bias else out)
                 continue
-            unused = ["", ""] if bias else []
+            zeros = [self._weight(f"{matrix.name}.z")] if matrix.digits else [""]
+            inputs = [self._weight(f"{matrix.name}.q"), self._scale(matrix)]
+            if matrix.digits or bias:
+                inputs += [*zeros, "", *bias] if bias else zeros
+            given, columns = self._with_means(x, matrix)
             product = self._node(
                 "MatMulNBits",
-                [x, self._weight(f"{matrix.name}.q"), self._scale(matrix), *unused, *bias],
-                f"{out}.product",
+                [given, *inputs],
+                out,
                 domain=MICROSOFT,
-                K=matrix.columns,
+                K=columns,
                 N=matrix.rows,
                 bits=matrix.format.bits,
                 block_size=BLOCK,
                 accuracy_level=INT8_ACTIVATIONS,
             )
-            if matrix.format.centre:
-                sums = self._block_sums(x, matrix.columns)
-                product = self._node(
-                    "Gemm", [sums, self._shift(matrix), product], f"{out}.y", transB=1
-                )
             outputs.append(product)
         return outputs
+
+    def _with_means(self, x: str, matrix: Matrix) -> tuple[str, int]:
+        """What such a matrix is multiplied with, and its width: ``x`` and the means of its blocks,
+        once for each digit.
+        """
+        if not matrix.digits:
+            return x, matrix.columns
+        count = matrix.columns // BLOCK
+        means = f"{x}.means"
+        if means not in self.made:
+            self._node("AveragePool", [x], means, kernel_shape=[BLOCK], strides=[BLOCK])
+        padded = means
+        room = -count % BLOCK if matrix.digits > 1 else 0
+        if room:  # each digit has blocks of its own
+            padded = f"{means}.padded"
+            if padded not in self.made:
+                self._node("Pad", [means, self._constant([0, 0, 0, 0, 0, room])], padded)
+        name = f"{x}.with_means.{matrix.digits}"
+        if name not in self.made:
+            self._node("Concat", [x, *[padded] * matrix.digits], name, axis=-1)
+        return name, matrix.columns + matrix.digits * (count + room)
 
     def _parts(
         self, name: str, outputs: list[str], matrices: tuple[Matrix, ...]
@@ -424,15 +454,6 @@ class _Graph:
             found += zip(names, matrix.parts, strict=True)
         return found
 
-    def _block_sums(self, x: str, columns: int) -> str:
-        """Sums over blocks of 32: [tokens, columns] to [tokens, columns / 32]."""
-        name = f"{x}.block_sums"
-        if name in self.made:
-            return name
-        shape = self._constant([-1, columns // BLOCK, BLOCK])
-        spread = self._node("Reshape", [x, shape], f"{name}.3d")
-        return self._node("ReduceSum", [spread, self._constant([2])], name, keepdims=0)
-
     # --- weights
 
     def _weight(self, name: str) -> str:
@@ -440,7 +461,9 @@ class _Graph:
         return name
 
     def _float(self, stored: str) -> str:
-        """A stored float16 tensor as float32."""
+        """A stored tensor as float32."""
+        if self.entries[stored].data_type == TensorProto.FLOAT:
+            return self._weight(stored)
         name = f"{stored}.float"
         if name not in self.made:
             self._node("Cast", [self._weight(stored)], name, to=TensorProto.FLOAT)
@@ -448,36 +471,7 @@ class _Graph:
 
     def _scale(self, matrix: Matrix) -> str:
         """``d`` by row and block."""
-        whole = self._float(f"{matrix.name}.d")
-        if not matrix.format.superblocks:
-            return whole
-        return self._by_block(f"{matrix.name}.ds", whole, f"{matrix.name}.scale.blocks")
-
-    def _shift(self, matrix: Matrix) -> str:
-        """``m + centre * d`` by row and block: what ``u - 2**(bits - 1)`` left out."""
-        name = f"{matrix.name}.shift"
-        if name in self.made:
-            return name
-        centre = self._constant(float(matrix.format.centre))
-        scale, minimum = self._float(f"{matrix.name}.d"), self._float(f"{matrix.name}.m")
-        raised = self._node("Mul", [scale, centre], f"{matrix.name}.raised")
-        if not matrix.format.superblocks:
-            return self._node("Add", [minimum, raised], name)
-        raised = self._by_block(f"{matrix.name}.ds", raised, f"{matrix.name}.raised.blocks")
-        minimum = self._by_block(f"{matrix.name}.ms", minimum, f"{matrix.name}.minimum.blocks")
-        return self._node("Sub", [raised, minimum], name)
-
-    def _by_block(self, of_blocks: str, of_superblocks: str, name: str) -> str:
-        """uint8 [rows, blocks] times what the superblocks have, float32 [rows, superblocks]."""
-        if name not in self.made:
-            self._node(
-                "DequantizeLinear",
-                [self._weight(of_blocks), of_superblocks],
-                name,
-                axis=1,
-                block_size=SUPERBLOCK // BLOCK,
-            )
-        return name
+        return self._float(f"{matrix.name}.d")
 
     # --- pieces of protobuf
 
@@ -506,39 +500,37 @@ class _Graph:
     def _model(self) -> onnx.ModelProto:
         sizes = self.sizes
         info = helper.make_tensor_value_info
-        inputs = [
-            info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
-            info("attention_mask", TensorProto.INT64, ["batch", "total"]),
-        ]
-        outputs = [
-            info(
-                "logits",
-                TensorProto.FLOAT,
-                ["batch", "sequence" if self.every_position else 1, sizes.vocabulary],
-            )
-        ]
-        if not self.every_position:
-            inputs.append(info(WANTED, TensorProto.INT64, ["wanted"]))
-            outputs += [
-                info("wanted_logits", TensorProto.FLOAT, ["batch", "wanted", sizes.vocabulary]),
-                info("hidden", TensorProto.FLOAT, ["batch", "sequence", sizes.hidden]),
+        long, short, number = TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT
+        if self.ragged:
+            rows = "rows"
+            inputs = [
+                info("input_ids", long, ["tokens"]),
+                info("row_tokens", long, ["rows", "span"]),
+                info("token_places", long, ["tokens"]),
+                info("query_seqlens", short, ["rows"]),
+                info("seqlens_k", short, ["rows"]),
+                info("total_sequence_length", short, []),
+                info("wanted", long, ["wanted"]),
             ]
-        for number in range(sizes.layers):
+            outputs = [
+                info("logits", number, [1, "wanted", sizes.vocabulary]),
+                info("hidden", number, [1, "wanted", sizes.hidden]),
+            ]
+        else:
+            rows = "batch"
+            inputs = [
+                info("input_ids", long, ["batch", "sequence"]),
+                info("attention_mask", long, ["batch", "total"]),
+            ]
+            outputs = [info("logits", number, ["batch", 1, sizes.vocabulary])]
+        for layer in range(sizes.layers):
             for side in ("key", "value"):
-                inputs.append(
-                    info(
-                        f"past_key_values.{number}.{side}",
-                        TensorProto.FLOAT,
-                        ["batch", sizes.kv_heads, "past", sizes.head_size],
-                    )
-                )
-                outputs.append(
-                    info(
-                        f"present.{number}.{side}",
-                        TensorProto.FLOAT,
-                        ["batch", sizes.kv_heads, "present", sizes.head_size],
-                    )
-                )
+                for values, name, length in (
+                    (inputs, "past_key_values", "past"),
+                    (outputs, "present", "present"),
+                ):
+                    shape = [rows, sizes.kv_heads, length, sizes.head_size]
+                    values.append(info(f"{name}.{layer}.{side}", number, shape))
         graph = helper.make_graph(
             self.nodes, "decoder", inputs, outputs, list(self.initializers.values())
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from math import prod
 from pathlib import Path
@@ -24,25 +24,22 @@ from edgemoa.errors import HashMismatchError, ModelInvalidError, UserError
 from edgemoa.models.architecture import Architecture, read_architecture
 from edgemoa.models.blocks import (
     BLOCK,
+    CLOSE_ENOUGH,
     FLOAT_TYPES,
     FLOATS,
     FORMATS,
-    SUPERBLOCK,
-    Blocks,
+    MOST_DIGITS,
     Format,
     dequantize,
     pack,
+    pack_zeros,
     split,
+    split_digits,
+    with_minima,
+    zero_points,
 )
 from edgemoa.models.gguf import GgufFile, Tensor
-from edgemoa.models.graph import (
-    SESSION_CONFIG,
-    Decoder,
-    Layer,
-    Matrix,
-    WeightsFile,
-    decoder_graph,
-)
+from edgemoa.models.graph import Decoder, Layer, Matrix, WeightsFile, decoder_graph
 from edgemoa.models.library import (
     CHUNK_BYTES,
     IMPORTER_VERSION,
@@ -56,11 +53,14 @@ from edgemoa.models.library import (
 )
 from edgemoa.models.progress import Progress
 from edgemoa.models.tokenizer import Tokenizer
+from edgemoa.text.files import RAGGED_GRAPH
 
 WEIGHTS: Final = "weights.bin"
 GENERATION_GRAPH: Final = "model.onnx"
-SCORING_GRAPH: Final = "score.onnx"
 FLOAT32_BYTES: Final = 4
+SCALE_BYTES: Final = 3  # float16 and a zero point
+SHIFT_BYTES: Final = 2
+USUAL_DIGITS: Final = 2  # at most
 SMALL_BYTES: Final = 24 << 20  # graphs, and the tokenizer of a vocabulary of 260,000
 
 
@@ -108,10 +108,13 @@ def written_bytes(gguf: GgufFile) -> int:
             form = FLOATS
         if not form.bits:
             total += FLOAT32_BYTES * weights
-        elif form.superblocks:
-            total += weights * form.bits // 8 + 2 * weights // BLOCK + 4 * weights // SUPERBLOCK
         else:
-            total += weights * form.bits // 8 + (4 if form.centre else 2) * weights // BLOCK
+            blocks = weights // BLOCK
+            if form.centre:  # minima: in a few columns more, and beside embeddings
+                rows = weights // tensor.shape[-1]
+                total += SHIFT_BYTES * blocks
+                blocks += rows * USUAL_DIGITS * -(-tensor.shape[-1] // BLOCK**2)
+            total += blocks * (BLOCK * form.bits // 8 + SCALE_BYTES)
     return total
 
 
@@ -156,8 +159,8 @@ def convert(
             decoder = _Weights(gguf, model, weights, progress, reference).write()
         files.append(ModelFile(WEIGHTS, weights.size, weights.sha256))
         small = {
-            GENERATION_GRAPH: decoder_graph(decoder, weights.entries, every_position=False),
-            SCORING_GRAPH: decoder_graph(decoder, weights.entries, every_position=True),
+            GENERATION_GRAPH: decoder_graph(decoder, weights.entries, ragged=False),
+            RAGGED_GRAPH: decoder_graph(decoder, weights.entries, ragged=True),
         }
         contents = {
             key: graph.SerializeToString(deterministic=True) for key, graph in small.items()
@@ -221,7 +224,9 @@ class _Weights:
 
     def write(self) -> Decoder:
         model = self.model
-        embedding = self._matrix("embedding", [Source("token_embd.weight")])
+        embedding = self._matrix(
+            "embedding", [Source("token_embd.weight")], gathered=True, multiplied=model.tied
+        )
         layers = tuple(self._layer(number) for number in range(model.layers))
         final_norm = self._vector("final_norm.gain", "output_norm.weight")
         head = embedding if model.tied else self._matrix("head", [Source("output.weight")])
@@ -267,8 +272,11 @@ class _Weights:
             return (self._matrix(name, sources),)
         return tuple(self._matrix(f"{name}.{number}", group) for number, group in enumerate(groups))
 
-    def _matrix(self, name: str, sources: list[Source]) -> Matrix:
-        """Write tensors of one format, one below the other, as the matrix ``name``."""
+    def _matrix(
+        self, name: str, sources: list[Source], *, gathered: bool = False, multiplied: bool = True
+    ) -> Matrix:
+        """Write tensors of one format, one below the other, as the matrix ``name``, whose rows are
+        ``gathered`` or which is ``multiplied``, or both."""
         form = self._format(sources[0].tensor)
         tensors = [self.gguf.tensors[source.tensor] for source in sources]
         parts = [
@@ -277,10 +285,15 @@ class _Weights:
         columns = tensors[0].shape[-1]
         biases = [source.tensor.removesuffix("weight") + "bias" for source in sources]
         matrix = Matrix(
-            name, columns, form, tuple(chain.from_iterable(parts)), biases[0] in self.shapes
+            name,
+            columns,
+            form,
+            tuple(chain.from_iterable(parts)),
+            biases[0] in self.shapes,
+            self._digits(form, tensors) if multiplied else 0,
         )
         if form.bits:
-            self._blocks(matrix, tensors)
+            self._blocks(matrix, tensors, gathered=gathered)
         else:
             values = (
                 dequantize(tensor.type.name, slab)
@@ -297,34 +310,55 @@ class _Weights:
             self.out.add(f"{name}.b", TensorProto.FLOAT, [matrix.rows], values)
         return matrix
 
-    def _blocks(self, matrix: Matrix, tensors: list[Tensor]) -> None:
-        form, rows, columns = matrix.format, matrix.rows, matrix.columns
-        small: list[Blocks] = []  # without their codes
+    def _digits(self, form: Format, tensors: list[Tensor]) -> int:
+        """How many columns a block's minimum takes, so that it is close enough."""
+        if not form.centre:
+            return 0
+        for digits in range(1, MOST_DIGITS):
+            errors = steps = 0.0
+            for tensor in tensors:
+                for slab in self.gguf.slabs(tensor, 1):
+                    blocks = split(tensor.type.name, slab)
+                    _, rest = zero_points(form, blocks)
+                    _, _, left = split_digits(form, rest, digits)
+                    errors += float(np.square(left / BLOCK, dtype=np.float64).sum())
+                    steps += float(np.square(blocks.scale, dtype=np.float64).sum())
+            if errors <= CLOSE_ENOUGH**2 * steps:
+                return digits
+        return MOST_DIGITS
+
+    def _blocks(self, matrix: Matrix, tensors: list[Tensor], *, gathered: bool) -> None:
+        form, rows, own = matrix.format, matrix.rows, matrix.columns // BLOCK
+        count = own + matrix.added_blocks
+        scales: list[NDArray[np.float32]] = []
+        zeros: list[NDArray[np.uint8]] = []
+        shifts: list[NDArray[np.float16]] = []
 
         def packed() -> Iterator[NDArray[np.uint8]]:
             for tensor in tensors:
                 for slab in self._slabs(tensor):
                     blocks = split(tensor.type.name, slab)
-                    small.append(replace(blocks, codes=_NO_CODES))
-                    yield pack(blocks.codes, form.bits)
+                    codes, scale = blocks.codes, blocks.scale
+                    if gathered and blocks.minimum is not None:
+                        shift = blocks.minimum + form.centre * blocks.scale
+                        shifts.append(shift.astype(np.float16))
+                    if matrix.digits:
+                        columns = with_minima(form, blocks, matrix.digits)
+                        codes, scale = columns.codes, columns.scale
+                        zeros.append(pack_zeros(columns.zeros, form.bits))
+                    scales.append(scale)
+                    yield pack(codes, form.bits)
 
-        def add(end: str, element: int, of: int, parts: Iterable[NDArray[np.generic]]) -> None:
-            self.out.add(f"{matrix.name}.{end}", element, [rows, columns // of], parts)
-
-        count = columns // BLOCK
-        self.out.add(
-            f"{matrix.name}.q",
-            TensorProto.UINT8,
-            [rows, count, BLOCK * form.bits // 8],
-            packed(),
-        )
-        scaled = SUPERBLOCK if form.superblocks else BLOCK
-        add("d", TensorProto.FLOAT16, scaled, (blocks.scale for blocks in small))
-        if form.centre:
-            add("m", TensorProto.FLOAT16, scaled, _there(blocks.minimum for blocks in small))
-        if form.superblocks:
-            add("ds", TensorProto.UINT8, BLOCK, _there(blocks.block_scale for blocks in small))
-            add("ms", TensorProto.UINT8, BLOCK, _there(blocks.block_minimum for blocks in small))
+        name = matrix.name
+        width = BLOCK * form.bits // 8
+        self.out.add(f"{name}.q", TensorProto.UINT8, [rows, count, width], packed())
+        element = _element(scales)
+        kind = np.float16 if element == TensorProto.FLOAT16 else np.float32
+        self.out.add(f"{name}.d", element, [rows, count], (part.astype(kind) for part in scales))
+        if zeros:
+            self.out.add(f"{name}.z", TensorProto.UINT8, [rows, zeros[0].shape[1]], zeros)
+        if shifts:
+            self.out.add(f"{name}.c", TensorProto.FLOAT16, [rows, own], shifts)
 
     def _format(self, name: str) -> Format:
         tensor = self.gguf.tensors[name]
@@ -357,11 +391,12 @@ class _Weights:
             yield slab
 
 
-_NO_CODES: Final = np.empty(0, np.uint8)
-
-
-def _there(parts: Iterable[NDArray[np.generic] | None]) -> Iterator[NDArray[np.generic]]:
-    return (part for part in parts if part is not None)
+def _element(scales: list[NDArray[np.float32]]) -> int:
+    """The type that holds scales: float16, as ggml has them, unless they are out of its range."""
+    largest = max((float(np.abs(part).max(initial=0)) for part in scales), default=0.0)
+    least, most = float(np.finfo(np.float16).smallest_normal), float(np.finfo(np.float16).max)
+    fits = largest == 0 or least <= largest <= most
+    return int(TensorProto.FLOAT16 if fits else TensorProto.FLOAT)
 
 
 def _hash(gguf: GgufFile, progress: Progress) -> str:
@@ -397,11 +432,7 @@ def _genai_config(model: Architecture, tokenizer: Tokenizer) -> bytes:
             "context_length": model.context,
             "vocab_size": model.vocabulary,
             "decoder": {
-                "session_options": {
-                    "log_id": "edgemoa",
-                    "provider_options": [],
-                    **SESSION_CONFIG,
-                },
+                "session_options": {"log_id": "edgemoa", "provider_options": []},
                 "filename": GENERATION_GRAPH,
                 "head_size": model.head_size,
                 "hidden_size": model.hidden,

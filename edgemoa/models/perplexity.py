@@ -19,10 +19,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgemoa.errors import ModelInvalidError, UserError
-from edgemoa.models.graph import SESSION_CONFIG
-from edgemoa.models.importer import SCORING_GRAPH
 from edgemoa.models.library import Manifest, read_manifest
 from edgemoa.models.progress import Progress, silent
+from edgemoa.text.files import RAGGED_GRAPH
 from edgemoa.text.tokens import load_tokens
 
 CHUNK_TOKENS: Final = 64  # logits of one chunk are 12 MB for a vocabulary of 49152
@@ -47,13 +46,13 @@ def perplexity(
     progress: Progress = silent,
 ) -> Perplexity:
     """Raises :class:`UserError` for a text or a window without anything to predict, and
-    :class:`ModelInvalidError` for a folder without our scoring graph.
+    :class:`ModelInvalidError` for a folder without our ragged graph.
     """
     manifest = read_manifest(model_dir)
-    graph = model_dir / SCORING_GRAPH
+    graph = model_dir / RAGGED_GRAPH
     start = manifest.text_start_token_id
     if start is None or not graph.is_file():
-        raise ModelInvalidError(f"{model_dir} has no {SCORING_GRAPH}: it was not imported by us")
+        raise ModelInvalidError(f"{model_dir} has no {RAGGED_GRAPH}: it was not imported by us")
     if not 2 <= window <= manifest.context_length:
         raise UserError(f"a window of {window} is not between 2 and {manifest.context_length}")
     started = time.monotonic()
@@ -101,12 +100,7 @@ class Scorer:
     """Runs a graph of ours over one sequence at a time, in chunks, with onnxruntime alone."""
 
     def __init__(self, graph: Path, manifest: Manifest) -> None:
-        options = ort.SessionOptions()
-        for key, value in SESSION_CONFIG.items():
-            options.add_session_config_entry(key, value)
-        self._session = ort.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self._manifest = manifest
         sides = [(n, side) for n in range(manifest.layers) for side in ("key", "value")]
         self._past = [f"past_key_values.{number}.{side}" for number, side in sides]
@@ -119,8 +113,16 @@ class Scorer:
         past = dict.fromkeys(self._past, empty)
         for first in range(0, len(ids), CHUNK_TOKENS):
             chunk = ids[first : first + CHUNK_TOKENS]
-            mask = np.ones((1, first + len(chunk)), np.int64)
-            inputs = {"input_ids": chunk[None], "attention_mask": mask, **past}
-            logits, *present = self._session.run(self._outputs, inputs)
+            places = np.arange(len(chunk))
+            inputs = {
+                "input_ids": chunk,
+                "row_tokens": places[None],
+                "token_places": places,
+                "query_seqlens": np.array([len(chunk)], np.int32),
+                "seqlens_k": np.array([first + len(chunk) - 1], np.int32),
+                "total_sequence_length": np.array(first + len(chunk), np.int32),
+                "wanted": places,
+            }
+            logits, *present = self._session.run(self._outputs, inputs | past)
             past = dict(zip(self._past, present, strict=True))
             yield first, logits[0]

@@ -13,6 +13,8 @@ MAX_BYTES: Final = 16 * limits.MIB  # Gemma's tokenizer_config.json has 1.2 MB
 
 IMPORT_AGAIN: Final = "Import the model again."
 
+RAGGED_GRAPH: Final = "ragged.onnx"  # beside the one that onnxruntime-genai runs
+
 
 def read_object(file: Path) -> dict[str, Any]:
     """Raises :class:`ModelInvalidError` for a file that is too large, or no JSON object."""

@@ -78,11 +78,11 @@ def test_after_the_last_proposal_only_that_one_is_left_to_read(
     rows, computed = [], []
     really_run = four._graph.run
 
-    def run(first: int, tokens: np.ndarray, lengths: list[int]) -> np.ndarray:
-        computed.append(tokens.size)
-        return really_run(first, tokens, lengths)
+    def run(first: int, tokens: list[np.ndarray], starts: list[int]) -> np.ndarray:
+        computed.append(sum(map(len, tokens)))
+        return really_run(first, tokens, starts)
 
-    four._graph.run = run  # type: ignore[method-assign]
+    four._graph.run = run  # type: ignore[assignment,method-assign]
     try:
         for drafts in (1, 2, 3):
             four.read_ahead("request", begun(drafts))
@@ -164,7 +164,7 @@ def test_who_writes_gives_it_half_of_the_time_at_most(four: SlotsBackend, bench:
     while ahead.read < len(ahead.prompt):
         before = slot.length, ahead.read, four._owed_s
         bench.step()
-        assert slot.length == before[0] + 1  # with every step
+        assert slot.length > before[0]  # with every step
         if ahead.read > before[1]:
             assert before[2] <= 0
             reading += 1

@@ -3,9 +3,6 @@ scoring graph gives for prompt and candidate as one sequence."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +10,19 @@ import numpy.typing as npt
 import pytest
 from models.tiny import tiny
 
-from edgemoa.core import limits
 from edgemoa.core.messages import Sampling
 from edgemoa.engine import genai, slots
 from edgemoa.engine.answer import load_reader
-from edgemoa.engine.frames import Cancel, Generate, Likelihood, Score, Scored
+from edgemoa.engine.frames import Generate, Likelihood, Score, Scored
 from edgemoa.engine.slots import SlotsBackend
 from edgemoa.errors import EngineError, InvalidPromptError, PromptTooLongError
-from edgemoa.models.importer import SCORING_GRAPH, import_gguf
+from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.perplexity import Scorer
 from edgemoa.models.progress import silent
+from edgemoa.text.files import RAGGED_GRAPH
 
-from .harness import conversation, job, pid_of, running
+from .harness import conversation
 
 CONTEXT = 640
 PROMPT = "abc " * 9
@@ -49,7 +46,7 @@ def defined(folder: Path, prompt: str, candidate: str) -> Likelihood:
     reader = load_reader(folder, CONTEXT)
     before = reader.read(conversation(prompt))
     after = reader.tokens.encode(candidate)
-    scorer = Scorer(folder / SCORING_GRAPH, read_manifest(folder))
+    scorer = Scorer(folder / RAGGED_GRAPH, read_manifest(folder))
     ids = np.array(before + after)
     logits = np.concatenate([each for _, each in scorer.logits(ids)]).astype(np.float64)
     shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -125,7 +122,7 @@ def test_scores_and_texts_are_the_same_beside_each_other(llama: Path) -> None:
 def test_a_token_for_each_chunk_while_others_write(llama: Path) -> None:
     """Jobs that write go on with each step, whatever is scored."""
     backend = slots.load(llama, 1, 2)
-    backend.chunk_tokens = 8
+    backend.chunk_tokens, backend.guess_cost = 8, 1.0
     limit = 60
     assert backend.admit(Generate(1, conversation("a"), Sampling(max_tokens=limit), stream=True))
     backend.step()
@@ -175,15 +172,17 @@ def test_what_cannot_be_scored(llama: Path, smollm2: Path) -> None:
 def test_logits_of_a_run_are_bounded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = slots.load(llama, 1, 2)
     graph = backend._graph
-    monkeypatch.setattr(slots, "LOGITS_BYTES", 20 * 4 * graph.vocabulary)
+    graph.most_logits = 20
     read: list[int] = []
-    whole = graph.read_all
+    really_run = graph.run
 
-    def read_all(row: int, tokens: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.float32]:
-        read.append(len(tokens))
-        return whole(row, tokens, length)
+    def run(
+        first: int, tokens: list[npt.NDArray[np.int64]], starts: list[int], *, every: bool = False
+    ) -> npt.NDArray[np.float32]:
+        read.extend(map(len, tokens) if every else [])
+        return really_run(first, tokens, starts, every=every)
 
-    monkeypatch.setattr(graph, "read_all", read_all)
+    monkeypatch.setattr(graph, "run", run)
     text = "a b c d " * 20
     score = Score(-1, conversation(PROMPT), (text,))
     assert backend.admit(score)
@@ -196,74 +195,15 @@ def test_logits_of_a_run_are_bounded(llama: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_the_head_is_given_can_be_had(llama: Path) -> None:
     """``hidden`` is what logits are a linear function of, at every position."""
-    graph = slots.load(llama, 1, 2)._graph
     ids = np.random.default_rng(1).integers(3, 200, 400)
-    hidden = np.empty((1, len(ids), 64), np.float32)
-    binding = graph._bind(1, 1)
-    binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
-    graph._run(binding, input_ids=ids[None], attention_mask=np.ones((1, len(ids)), np.int64))
-    logits = graph.read_all(1, ids, len(ids))
-    head, *_ = np.linalg.lstsq(hidden[0, :300], logits[:300], rcond=None)
-    errors = hidden[0, 300:] @ head - logits[300:]
+    manifest = read_manifest(llama)
+    scorer = Scorer(llama / RAGGED_GRAPH, manifest)
+    scorer._outputs[0] = "hidden"
+    hidden = np.concatenate([each for _, each in scorer.logits(ids)])
+    logits = np.concatenate(
+        [each for _, each in Scorer(llama / RAGGED_GRAPH, manifest).logits(ids)]
+    )
+    assert hidden.shape == (400, 64)
+    head, *_ = np.linalg.lstsq(hidden[:300], logits[:300], rcond=None)
+    errors = hidden[300:] @ head - logits[300:]
     assert errors.std() < 0.05 * logits[300:].std()
-
-
-def test_a_model_of_an_earlier_import_says_so(llama: Path) -> None:
-    backend = slots.load(llama, 1, 2)
-    backend._graph.scores = False  # as where the graph has no such input
-    with pytest.raises(EngineError, match="earlier edgemoa") as caught:
-        backend.admit(Score(-1, conversation(PROMPT), ("a",)))
-    assert "import" in caught.value.hint.lower()
-
-
-async def score_through_the_daemon(folder: Path) -> None:
-    async with running(folder, slots=2) as (engine, events):
-        # While jobs write, and two at a time.
-        engine.work(job(1, "a", max_tokens=400))
-        first, second = await asyncio.gather(
-            engine.score(conversation(PROMPT), CANDIDATES),
-            engine.score(conversation(PROMPT), CANDIDATES[:1]),
-        )
-        assert second == first[:1]
-        for text, told in zip(CANDIDATES, first, strict=True):
-            assert alike(told, defined(folder, PROMPT, text))
-        await events.ends(1)
-        with pytest.raises(PromptTooLongError):
-            await engine.score(conversation(PROMPT), ["abcdefgh " * CONTEXT])
-        for none in ([], ["a", ""], ["a"] * (limits.MAX_CANDIDATES + 1), ["\ud800"]):
-            with pytest.raises(InvalidPromptError):
-                await engine.score(conversation(PROMPT), none)
-        # Whoever goes away leaves the slot to others.
-        gone = asyncio.ensure_future(
-            engine.score(conversation(PROMPT), ["a b c d " * 60] * limits.MAX_CANDIDATES)
-        )
-        await asyncio.sleep(0.01)
-        gone.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        assert await engine.score(conversation(PROMPT), CANDIDATES) == first
-        assert not engine._scores
-        # One that the process dies on says so.
-        lost = asyncio.ensure_future(
-            engine.score(conversation(PROMPT), ["a b c d " * 60] * limits.MAX_CANDIDATES)
-        )
-        await asyncio.sleep(0.01)
-        os.kill(pid_of(engine), signal.SIGKILL)
-        with pytest.raises(EngineError):
-            await lost
-        await events.loads(2)
-        assert await engine.score(conversation(PROMPT), CANDIDATES) == first
-
-
-def test_the_daemons_side(llama: Path) -> None:
-    asyncio.run(score_through_the_daemon(llama))
-
-
-def test_cancel_is_one_step_away(llama: Path) -> None:
-    backend = slots.load(llama, 1, 1)
-    assert backend.admit(Score(-1, conversation(PROMPT), ("a b c d " * 20,)))
-    backend.step()
-    backend.drop(Cancel(-1).job_id)
-    assert not backend._jobs
-    (slot,) = backend._slots
-    assert slot.length == slot.read  # nothing of a candidate stays in memory

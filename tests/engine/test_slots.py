@@ -18,7 +18,7 @@ from models.tiny import tiny
 from edgemoa.core.events import WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine import frames, genai, slots
-from edgemoa.engine.answer import CHUNKS
+from edgemoa.engine.answer import CHUNKS, Answer
 from edgemoa.engine.cache import Cache
 from edgemoa.engine.frames import Done, Failed, Generate, Text
 from edgemoa.engine.slots import SlotsBackend
@@ -90,16 +90,51 @@ def eight(smollm2: Path) -> SlotsBackend:
 def bench(eight: SlotsBackend) -> Iterator[Bench]:
     """Eight slots with nothing in them; reads in steps of 64 tokens."""
     forget(eight)
-    budget, eight.chunk_tokens = eight.budget_tokens, 64
+    budget, cost, eight.chunk_tokens = eight.budget_tokens, eight.guess_cost, 64
     yield Bench(eight)
-    eight.budget_tokens, eight.pairs_up = budget, False
+    eight.budget_tokens, eight.guess_cost, eight._graph.doubles = budget, cost, False
 
 
-def test_greedy_text_is_that_of_genai(bench: Bench, smollm2: Path) -> None:
+@pytest.fixture
+def picked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """The tokens that are picked, each with how far it was ahead of the next one, in logits."""
+    found: list[tuple[int, float]] = []
+    really_pick = Answer.pick
+
+    def pick(answer: Answer, logits: np.ndarray) -> list[frames.Event]:
+        second, first = np.partition(logits, -2)[-2:]
+        events = really_pick(answer, logits)
+        found.append((answer.last, float(first - second)))
+        return events
+
+    monkeypatch.setattr(Answer, "pick", pick)
+    return found
+
+
+def check_that_they_agree(
+    picked: list[tuple[int, float]], ours: Bench, theirs: Bench, prompt: str, noise: float
+) -> bool:
+    """Greedy texts are the same, up to a token that was as good as another: kernels differ in last
+    digits, and activations are rounded. Returns whether they are the same to the end."""
+    told = []
+    for each in (ours, theirs):
+        picked.clear()
+        each.alone(prompt, Sampling(max_tokens=32))
+        told.append(picked.copy())
+    for (one, ahead), (other, _) in zip(*told, strict=False):
+        if one != other:
+            assert ahead < noise, prompt
+            return False
+    assert len(told[0]) == len(told[1])
+    return True
+
+
+def test_greedy_text_is_that_of_genai(
+    bench: Bench, smollm2: Path, picked: list[tuple[int, float]]
+) -> None:
     reference = Bench(genai.load(smollm2, threads=2))
-    for prompt in PROMPTS:
-        ours, theirs = (each.alone(prompt, Sampling(max_tokens=32)) for each in (bench, reference))
-        assert (ours.text, ours.finish, ours.tokens) == (theirs.text, theirs.finish, theirs.tokens)
+    same = [check_that_they_agree(picked, bench, reference, each, 0.3) for each in PROMPTS]
+    assert sum(same) >= len(same) // 2
 
 
 def some_jobs(prompts: tuple[str, ...]) -> dict[int, tuple[str, Sampling]]:
@@ -151,25 +186,84 @@ def check_that_nothing_shows(
     return expected
 
 
-@pytest.mark.parametrize("pairs_up", [False, True])
+@pytest.mark.parametrize(("doubles", "guess_cost"), [(False, 0.3), (True, 1.0), (False, 0.0)])
 def test_a_text_is_that_of_the_job_alone_whatever_runs_beside_it(
-    eight: SlotsBackend, bench: Bench, pairs_up: bool
+    eight: SlotsBackend, bench: Bench, doubles: bool, guess_cost: float
 ) -> None:
-    eight.pairs_up = pairs_up
+    eight._graph.doubles, eight.guess_cost = doubles, guess_cost
     check_that_nothing_shows(eight, bench, some_jobs(PROMPTS))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_guesses_show_in_no_text(eight: SlotsBackend, bench: Bench, temperature: float) -> None:
+    assert eight.is_exact
+    for prompt in PROMPTS:
+        told = []
+        for eight.guess_cost in (1.0, 0.0):
+            forget(eight)
+            sampling = Sampling(max_tokens=48, temperature=temperature, seed=3)
+            told.append(bench.alone(prompt, sampling))
+        assert told[0].text == told[1].text
+        assert told[0].tokens == told[1].tokens
+
+
+def test_what_is_guessed_right_saves_runs(eight: SlotsBackend, bench: Bench) -> None:
+    asked = conversation(f"Repeat this text: {FOX * 4}"), Sampling(max_tokens=64)
+    steps = []
+    for eight.guess_cost in (1.0, 0.2):
+        forget(eight)
+        assert bench.admit(1, *asked)
+        steps.append(0)
+        while 1 not in bench.done:
+            bench.step()
+            steps[-1] += 1
+        del bench.done[1]
+    assert steps[1] < 0.6 * steps[0]
+
+
+def test_a_board_that_computes_otherwise_guesses_nothing_and_keeps_prompts_alone(
+    eight: SlotsBackend, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = bench.alone(FOX * 12, Sampling(max_tokens=24))
+    forget(eight)
+    really_run = eight._graph.run
+
+    def run(first: int, tokens: list[np.ndarray], starts: list[int], **how: bool) -> np.ndarray:
+        logits = really_run(first, tokens, starts, **how)
+        if sum(map(len, tokens)) == 1:  # another kernel, with other last digits
+            logits *= np.float32(1 + 1e-6)
+        return logits
+
+    monkeypatch.setattr(eight._graph, "run", run)
+    eight.warm_up()
+    eight.chunk_tokens = 64
+    try:
+        assert eight._graph.doubles
+        assert not eight.is_exact
+        assert eight.guess_cost == 1
+        result = bench.alone(FOX * 12, Sampling(max_tokens=24))
+        assert result.text == expected.text
+        assert {slot.length for slot in eight._slots} == {0, result.prompt_tokens}
+    finally:
+        monkeypatch.undo()
+        eight.warm_up()
 
 
 @pytest.mark.parametrize("preset", ["llama3", "qwen2", "qwen3", "gemma3", "phi3"])
 @pytest.mark.parametrize("kind", ["F32", "Q4_K"])
-def test_every_architecture_is_run_as_genai_runs_it(tmp_path: Path, preset: str, kind: str) -> None:
+def test_every_architecture_is_run_as_genai_runs_it(
+    tmp_path: Path, preset: str, kind: str, picked: list[tuple[int, float]]
+) -> None:
     file = tiny(preset, kind, context=512).write(tmp_path / "tiny.gguf")
     folder = import_gguf(file, ModelLibrary(tmp_path / "models"), "tiny", silent)
     jobs = some_jobs(tuple("a b c d " * times for times in (1, 3, 7, 8)))
     backend = slots.load(folder, 1, 4)
-    ours = check_that_nothing_shows(backend, Bench(backend), jobs)
+    assert backend.is_exact
+    check_that_nothing_shows(backend, Bench(backend), jobs)
     reference = Bench(genai.load(folder, 1))
-    for each, asked in jobs.items():
-        assert reference.alone(*asked).text == ours[each].text
+    noise = 1e-3 if kind == "F32" else 0.3
+    for prompt in {prompt for prompt, _ in jobs.values()}:
+        check_that_they_agree(picked, Bench(backend), reference, prompt, noise)
 
 
 def test_others_write_on_while_a_long_prompt_is_read(bench: Bench) -> None:
@@ -309,25 +403,19 @@ def test_a_freed_slot_gives_back_what_was_written(eight: SlotsBackend, bench: Be
     assert kept - resident_bytes() > 0.9 * held
 
 
-def test_rows_change_places_with_all_that_is_in_them() -> None:
+def test_rows_are_copied_and_given_back_in_whole_pages() -> None:
     cache = Cache(2, 3, 2, 100, 64)
     assert cache.capacity == 112  # whole pages of each head
     assert cache.token_bytes == 2 * 2 * 64 * 4
     numbers = np.random.default_rng(1).standard_normal((2, 3, *cache.shape)).astype(np.float32)
-    for row, tokens in ((0, 90), (1, 40)):
-        for buffer, values in zip(cache._buffers, numbers, strict=True):
-            buffer[row, :, :tokens] = values[row, :, :tokens]
-    cache.swap(0, 90, 1, 40)
-    cache.copy(1, 2, 70)
     for buffer, values in zip(cache._buffers, numbers, strict=True):
-        assert np.array_equal(buffer[0, :, :40], values[1, :, :40])
-        assert not buffer[0, :, 48:].any()  # given back, in whole pages
-        assert np.array_equal(buffer[1, :, :90], values[0, :, :90])
-        assert np.array_equal(buffer[2, :, :70], values[0, :, :70])
-    cache.release(1, 17, 90)
+        buffer[0, :, :90] = values[0, :, :90]
+    cache.copy(0, 2, 70)
+    cache.release(0, 17, 90)
     for buffer, values in zip(cache._buffers, numbers, strict=True):
-        assert np.array_equal(buffer[1, :, :32], values[0, :, :32])
-        assert not buffer[1, :, 32:].any()
+        assert np.array_equal(buffer[0, :, :32], values[0, :, :32])
+        assert not buffer[0, :, 32:].any()
+        assert not buffer[1].any()
         assert np.array_equal(buffer[2, :, :70], values[0, :, :70])
 
 

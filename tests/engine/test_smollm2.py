@@ -53,7 +53,7 @@ def test_greedy_text_is_that_of_genai_alone(smollm2: Path) -> None:
     expected = [direct(smollm2, messages, 48) for messages in asked]
 
     async def scenario() -> None:
-        async with running(smollm2) as (engine, events):
+        async with running(smollm2, backend="genai") as (engine, events):
             for at, messages in enumerate(asked):
                 engine.work(job(at, messages=messages, max_tokens=48))
                 assert await engine.measure(messages) == expected[at][0]

@@ -1,0 +1,160 @@
+"""A decoder's ragged graph and its cache: new tokens, any number for each of several rows, a run.
+
+The graph is ``ragged.onnx`` of a folder that edgemoa imported; see :mod:`edgemoa.models.graph` for
+its inputs and outputs.
+
+**What is computed for a token does not depend on how it is brought in**: with others before it, by
+itself, as a guess among guesses, beside other rows. onnxruntime computes the attention of a single
+place by another kernel than that of several, with other last digits, which rounding of activations
+makes larger, layer by layer. So a row never has a single place: a lone token stands at two, and
+what is written at the second is overwritten by the next token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from edgemoa.engine.answer import SPIN_US, cause
+from edgemoa.engine.cache import Cache
+from edgemoa.errors import EngineError
+from edgemoa.text.files import RAGGED_GRAPH
+from edgemoa.text.settings import Config
+
+LOGITS_BYTES: Final = 16 << 20  # of one run; those of a token are 192 KB and more
+
+_LEAST_PLACES: Final = 2
+_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_LONG: Final = ("input_ids", "row_tokens", "token_places", "wanted")
+_SHORT: Final = ("query_seqlens", "seqlens_k", "total_sequence_length")
+
+Numbers = npt.NDArray[np.int64]
+
+
+class UnsuitedError(Exception):
+    """This back end does not run such a model, and why; genai may. Never meets a person."""
+
+
+class Graph:
+    """A loaded graph. ``doubles`` says whether a run of a single token reads it twice: kernels
+    differ for one and for several on some machines."""
+
+    def __init__(self, session: Any, config: Config, rows: int) -> None:
+        """Raises :class:`UnsuitedError` for a graph that takes or gives anything else, and
+        :class:`EngineError` where there is not even the address space for the cache."""
+        decoder = config.model.decoder
+        self._session = session
+        inputs = {each.name: each for each in session.get_inputs()}
+        outputs = {each.name: each for each in session.get_outputs()}
+        self._past = [name for name in inputs if _PAST.fullmatch(name)]
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
+        heads, size = decoder.num_key_value_heads, decoder.head_size
+        self.vocabulary = config.model.vocab_size
+        fits = (
+            inputs.keys() == {*_LONG, *_SHORT, *self._past}
+            and outputs.keys() == {"logits", "hidden", *self._present}
+            and len(self._past) == 2 * decoder.num_hidden_layers
+            and all(inputs[each].type == "tensor(int64)" for each in _LONG)
+            and all(inputs[each].type == "tensor(int32)" for each in _SHORT)
+            and all(
+                inputs[each].type == "tensor(float)" and inputs[each].shape[1::2] == [heads, size]
+                for each in self._past
+            )
+            and outputs["logits"].type == "tensor(float)"
+            and outputs["logits"].shape[::2] == [1, self.vocabulary]
+        )
+        if not fits:
+            raise UnsuitedError("its graph has other inputs or outputs")
+        self.cache = Cache(len(self._past), rows, heads, config.model.context_length, size)
+        self.most_logits = max(LOGITS_BYTES // (4 * self.vocabulary), 2)
+        self.doubles = False
+        self._logits = np.empty((1, self.most_logits, self.vocabulary), np.float32)
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def run(
+        self,
+        first: int,
+        tokens: Sequence[Sequence[int] | Numbers],
+        starts: Sequence[int],
+        *,
+        every: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Read tokens into the rows from ``first`` on: of each row its next ones, which may be
+        none, behind the ``starts`` that it has.
+
+        The logits [n, vocabulary], of the last token of each row that has any or of ``every`` token
+        (``most_logits`` at most), are good until the next run. Raises :class:`EngineError` where
+        onnxruntime fails.
+        """
+        counts = [len(each) for each in tokens]
+        ids = np.array([token for each in tokens for token in each], np.int64)
+        wanted = np.arange(len(ids)) if every else np.cumsum([n for n in counts if n]) - 1
+        if len(ids) == 1 and self.doubles:
+            ids = np.repeat(ids, 2)
+            counts = [2 * count for count in counts]
+        places = [max(count, _LEAST_PLACES) if count else 0 for count in counts]
+        span = max(places)
+        row_tokens = np.zeros((len(tokens), span), np.int64)
+        token_places = np.empty(len(ids), np.int64)
+        at = 0
+        for row, count in enumerate(counts):
+            if count:
+                row_tokens[row] = at + np.minimum(np.arange(span), count - 1)
+                token_places[at : at + count] = row * span + np.arange(count)
+                at += count
+        lengths = [start + count for start, count in zip(starts, places, strict=True)]
+        logits = self._logits[:, : len(wanted)]
+        binding = self._binding(first, len(tokens))
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        inputs = {
+            "input_ids": ids,
+            "row_tokens": row_tokens,
+            "token_places": token_places,
+            "wanted": wanted,
+            "query_seqlens": np.array(places, np.int32),
+            "seqlens_k": np.array([max(length, 1) - 1 for length in lengths], np.int32),
+            "total_sequence_length": np.array(max(lengths), np.int32),
+        }
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own derive from nothing in particular
+            raise EngineError(f"The model failed: {cause(error)}") from error
+        return np.asarray(logits[0])
+
+    def _binding(self, first: int, rows: int) -> Any:
+        """Rows of the cache as past and present of a run."""
+        binding = self._bindings.get((first, rows))
+        if binding is None:
+            binding = self._bindings[first, rows] = self._session.io_binding()
+            shape = (rows, *self.cache.shape)
+            addresses = self.cache.addresses(first)
+            for past, present, address in zip(self._past, self._present, addresses, strict=True):
+                binding.bind_input(past, "cpu", 0, np.float32, shape, address)
+                binding.bind_output(present, "cpu", 0, np.float32, shape, address)
+        return binding
+
+
+def load_session(model_dir: Path, threads: int) -> Any:
+    """The folder's graph in onnxruntime. Raises :class:`UnsuitedError`."""
+    import onnxruntime  # noqa: PLC0415 - heavy, and for models that this back end runs alone
+
+    file = model_dir / RAGGED_GRAPH
+    if not file.is_file():
+        raise UnsuitedError(f"it has no {RAGGED_GRAPH}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own derive from nothing in particular
+        said = cause(error).replace(f"{model_dir}/", "").rstrip(".")
+        raise UnsuitedError(f"onnxruntime cannot load it: {said}") from error
