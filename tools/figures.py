@@ -1,4 +1,4 @@
-"""Figures with a bound to keep: how bench-import and prove-models tell and judge them."""
+"""Figures with a bound to keep: how the slow tools tell and judge them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="exit 1 if a figure falls short")
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
-        help="the text to predict: the GNU GPL, version 3, where this system does not hold it",
+        help="the text to read: the GNU GPL, version 3, where this system does not hold it",
     )  # fmt: skip
     return parser
 

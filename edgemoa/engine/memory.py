@@ -1,4 +1,4 @@
-"""How much memory this board could give to a process, by the kernel's word.
+"""How much memory this board could give to a process, by the kernel's word, and giving some back.
 
 ``MemAvailable`` is of the whole machine. A service or a container may have less: its control group
 then says how much, and so may each group that it lies in.
@@ -6,6 +6,8 @@ then says how much, and so may each group that it lies in.
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,8 @@ from edgemoa.errors import EngineError
 
 _PROC: Final = Path("/proc")
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_MADV_DONTNEED: Final = 4
+_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(.+)")
 # Names of the limits, of what is used, and of what of that can be taken back, which is the part of
 # memory.stat that was read from files and not used lately; for both versions of control groups.
 _NAMES: Final = {
@@ -45,6 +49,25 @@ def total_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
         limits = (_number(folder / name) for name in _NAMES[version][0])
         totals += [limit for limit in limits if limit is not None]
     return min(totals)
+
+
+def release_files(folder: Path) -> None:
+    """Leave to the kernel what this process has mapped of the folder's files and not changed: what
+    is asked for once more is mapped again. onnxruntime maps weights, copies most of them into an
+    order of its own, and keeps both.
+    """
+    libc, folder = ctypes.CDLL(None), folder.resolve()
+    start = size = 0
+    try:
+        lines = (_PROC / "self" / "smaps").read_text(errors="replace").splitlines()
+    except OSError:  # only a saving
+        return
+    for line in lines:
+        if found := _MAPPING.fullmatch(line):
+            start, end = int(found[1], 16), int(found[2], 16)
+            size = end - start if Path(found[3]).parent == folder else 0
+        elif size and line.split() == ["Anonymous:", "0", "kB"]:
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_DONTNEED)
 
 
 def _machine(proc: Path, wanted: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from edgemoa.text.settings import Config
 LOGITS_BYTES: Final = 16 << 20  # of one run; those of a token are 192 KB and more
 
 _LEAST_PLACES: Final = 2
+_MOST_PLANS: Final = 64
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _LONG: Final = ("input_ids", "row_tokens", "token_places", "wanted")
 _SHORT: Final = ("query_seqlens", "seqlens_k", "total_sequence_length")
@@ -38,6 +40,16 @@ Numbers = npt.NDArray[np.int64]
 
 class UnsuitedError(Exception):
     """This back end does not run such a model, and why; genai may. Never meets a person."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """A run's shape: ``places`` of each row; inputs, in arrays that stay where they are; where the
+    logits are written."""
+
+    places: list[int]
+    inputs: dict[str, npt.NDArray[Any]]
+    logits: npt.NDArray[np.float32]
 
 
 class Graph:
@@ -73,8 +85,9 @@ class Graph:
         self.cache = Cache(len(self._past), rows, heads, config.model.context_length, size)
         self.most_logits = max(LOGITS_BYTES // (4 * self.vocabulary), 2)
         self.doubles = False
-        self._logits = np.empty((1, self.most_logits, self.vocabulary), np.float32)
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._logits = np.empty((self.most_logits, self.vocabulary), np.float32)
+        self._plans: dict[tuple[tuple[int, ...], bool, bool], _Plan] = {}
+        self._bindings: dict[tuple[int, int], tuple[Any, _Plan]] = {}
 
     def run(
         self,
@@ -91,53 +104,68 @@ class Graph:
         (``most_logits`` at most), are good until the next run. Raises :class:`EngineError` where
         onnxruntime fails.
         """
-        counts = [len(each) for each in tokens]
-        ids = np.array([token for each in tokens for token in each], np.int64)
-        wanted = np.arange(len(ids)) if every else np.cumsum([n for n in counts if n]) - 1
-        if len(ids) == 1 and self.doubles:
-            ids = np.repeat(ids, 2)
-            counts = [2 * count for count in counts]
-        places = [max(count, _LEAST_PLACES) if count else 0 for count in counts]
-        span = max(places)
-        row_tokens = np.zeros((len(tokens), span), np.int64)
-        token_places = np.empty(len(ids), np.int64)
-        at = 0
-        for row, count in enumerate(counts):
-            if count:
-                row_tokens[row] = at + np.minimum(np.arange(span), count - 1)
-                token_places[at : at + count] = row * span + np.arange(count)
-                at += count
-        lengths = [start + count for start, count in zip(starts, places, strict=True)]
-        logits = self._logits[:, : len(wanted)]
-        binding = self._binding(first, len(tokens))
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        inputs = {
-            "input_ids": ids,
-            "row_tokens": row_tokens,
-            "token_places": token_places,
-            "wanted": wanted,
-            "query_seqlens": np.array(places, np.int32),
-            "seqlens_k": np.array([max(length, 1) - 1 for length in lengths], np.int32),
-            "total_sequence_length": np.array(max(lengths), np.int32),
-        }
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        plan = self._plan(tuple(map(len, tokens)), every)
+        ids = [token for each in tokens for token in each]
+        plan.inputs["input_ids"][:] = ids  # one of them fills both places of a pair
+        lengths = [start + count for start, count in zip(starts, plan.places, strict=True)]
+        plan.inputs["seqlens_k"][:] = [max(length, 1) - 1 for length in lengths]
+        plan.inputs["total_sequence_length"][...] = max(lengths)
+        binding = self._binding(first, len(tokens), plan)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own derive from nothing in particular
             raise EngineError(f"The model failed: {cause(error)}") from error
-        return np.asarray(logits[0])
+        return plan.logits
 
-    def _binding(self, first: int, rows: int) -> Any:
-        """Rows of the cache as past and present of a run."""
-        binding = self._bindings.get((first, rows))
+    def _plan(self, counts: tuple[int, ...], every: bool) -> _Plan:
+        """What is the same for all runs of so many tokens in each row."""
+        key = counts, every, self.doubles
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan
+        total = sum(counts)
+        wanted = np.arange(total) if every else np.cumsum([n for n in counts if n]) - 1
+        if total == 1 and self.doubles:
+            counts, total = tuple(2 * count for count in counts), 2
+        places = [max(count, _LEAST_PLACES) if count else 0 for count in counts]
+        row_tokens = np.zeros((len(counts), max(places), 2), np.int64)
+        token_places = np.empty((1, total, 2), np.int64)
+        at = 0
+        for row, count in enumerate(counts):
+            if count:
+                row_tokens[row, :, 1] = at + np.minimum(np.arange(max(places)), count - 1)
+                token_places[0, at : at + count] = [(row, place) for place in range(count)]
+                at += count
+        inputs = {
+            "input_ids": np.empty(total, np.int64),
+            "row_tokens": row_tokens,
+            "token_places": token_places,
+            "wanted": wanted,
+            "query_seqlens": np.array(places, np.int32),
+            "seqlens_k": np.empty(len(counts), np.int32),
+            "total_sequence_length": np.empty((), np.int32),
+        }
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[key] = _Plan(places, inputs, self._logits[: len(wanted)])
+        return plan
+
+    def _binding(self, first: int, rows: int, plan: _Plan) -> Any:
+        """Rows of the cache as past and present of a run, and the rest by a plan."""
+        binding, bound = self._bindings.get((first, rows), (None, None))
         if binding is None:
-            binding = self._bindings[first, rows] = self._session.io_binding()
+            binding = self._session.io_binding()
             shape = (rows, *self.cache.shape)
             addresses = self.cache.addresses(first)
             for past, present, address in zip(self._past, self._present, addresses, strict=True):
                 binding.bind_input(past, "cpu", 0, np.float32, shape, address)
                 binding.bind_output(present, "cpu", 0, np.float32, shape, address)
+        if bound is not plan:
+            for name, array in plan.inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            shape = (1, *plan.logits.shape)
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, plan.logits.ctypes.data)
+            self._bindings[first, rows] = binding, plan
         return binding
 
 

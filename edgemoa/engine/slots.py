@@ -40,7 +40,7 @@ from edgemoa.engine.answer import (
 )
 from edgemoa.engine.drafts import Drafts
 from edgemoa.engine.frames import Done, Event, Failed, Generate, Score, Scored
-from edgemoa.engine.memory import available_bytes
+from edgemoa.engine.memory import available_bytes, release_files
 from edgemoa.engine.ragged import Graph, UnsuitedError, load_session
 from edgemoa.engine.sampling import Sampler
 from edgemoa.engine.score import Scoring, scoring
@@ -553,6 +553,7 @@ def load(
         raise UnsuitedError("its keys and values cannot stay in one place")
     reader = load_reader(model_dir, config.model.context_length)
     session = load_session(model_dir, threads)
+    release_files(model_dir)
     decoder = config.model.decoder
     token_bytes = 8 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_size
     budget = (memory_mb << 20 or int(available_bytes() * MEMORY_SHARE)) // token_bytes

@@ -11,8 +11,8 @@ a run lie one behind the other; only attention sees them by rows. With ``span`` 
 that a row has:
 
 - ``input_ids`` int64 [tokens]
-- ``row_tokens`` int64 [rows, span]: the token at each place of each row, anything where there is
-  none; ``token_places`` int64 [tokens]: the place of each token, counted through all rows
+- ``row_tokens`` int64 [rows, span, 2]: 0 and the token that stands at each place of each row, any
+  where there is none; ``token_places`` int64 [1, tokens, 2]: row and place of each token
 - ``query_seqlens`` int32 [rows]: places in use, 0 to ``span``; ``seqlens_k`` int32 [rows]: tokens
   that the row has with them, less one; ``total_sequence_length`` int32 []: most tokens of any row
 - ``wanted`` int64 [wanted]: the tokens that ``logits`` [1, wanted, vocabulary] and ``hidden`` [1,
@@ -206,15 +206,13 @@ class _Graph:
         """For attention: the flow as [rows, span, width]."""
         if not self.ragged:
             return x
-        spread = self._node("Gather", [x, "row_tokens"], f"{x}.spread", axis=1)
-        return self._node("Squeeze", [spread, self._constant([0])], f"{x}.by_row")
+        return self._node("GatherND", [x, "row_tokens"], f"{x}.by_row")
 
-    def _in_line(self, x: str, width: int) -> str:
+    def _in_line(self, x: str) -> str:
         """Back from :meth:`_by_row`."""
         if not self.ragged:
             return x
-        places = self._node("Reshape", [x, self._constant([1, -1, width])], f"{x}.places")
-        return self._node("Gather", [places, "token_places"], f"{x}.in_line", axis=1)
+        return self._node("GatherND", [x, "token_places"], f"{x}.in_line")
 
     def _wanted(self, name: str, x: str) -> str:
         """The tokens whose logits are asked for."""
@@ -317,7 +315,7 @@ class _Graph:
                 **attributes,
             )
         )
-        attended = self._in_line(out, sizes.heads * sizes.head_size)
+        attended = self._in_line(out)
         return self._products(f"{prefix}.attention_out", attended, (layer.attention_out,))[0]
 
     def _queries_keys_values(self, prefix: str, layer: Layer, x: str) -> list[str]:
@@ -505,8 +503,8 @@ class _Graph:
             rows = "rows"
             inputs = [
                 info("input_ids", long, ["tokens"]),
-                info("row_tokens", long, ["rows", "span"]),
-                info("token_places", long, ["tokens"]),
+                info("row_tokens", long, ["rows", "span", 2]),
+                info("token_places", long, [1, "tokens", 2]),
                 info("query_seqlens", short, ["rows"]),
                 info("seqlens_k", short, ["rows"]),
                 info("total_sequence_length", short, []),

@@ -114,10 +114,11 @@ class Scorer:
         for first in range(0, len(ids), CHUNK_TOKENS):
             chunk = ids[first : first + CHUNK_TOKENS]
             places = np.arange(len(chunk))
+            pairs = np.stack([np.zeros_like(places), places], -1)[None]
             inputs = {
                 "input_ids": chunk,
-                "row_tokens": places[None],
-                "token_places": places,
+                "row_tokens": pairs,
+                "token_places": pairs,
                 "query_seqlens": np.array([len(chunk)], np.int32),
                 "seqlens_k": np.array([first + len(chunk) - 1], np.int32),
                 "total_sequence_length": np.array(first + len(chunk), np.int32),
