@@ -130,7 +130,7 @@ def add_parser(subparsers: Subparsers) -> None:
     command = add(
         "import",
         _import,
-        "import a GGUF file, without loss, or a ready-made folder",
+        "import a GGUF file, its weights not quantized once more, or a ready-made folder",
         "Import a GGUF file: its quantized weights are carried over bit for bit where that is "
         "possible. Or take in a folder that is ready for onnxruntime-genai.",
     )

@@ -292,28 +292,25 @@ def _reference(gguf: str, work: str) -> dict[str, Any]:
 def _score(graph: str, ours: str) -> dict[str, Any]:
     """Perplexity of the builder's graph, by our tokens and convention."""
     import numpy as np  # noqa: PLC0415
+    import onnxruntime as ort  # noqa: PLC0415
     from fetched import text  # noqa: PLC0415
 
     from edgemoa.models.library import read_manifest  # noqa: PLC0415
-    from edgemoa.models.perplexity import (  # noqa: PLC0415
-        Scorer,
-        negative_log_likelihood,
-        tokenize,
-    )
+    from edgemoa.models.perplexity import negative_log_likelihood, tokenize  # noqa: PLC0415
 
-    manifest = read_manifest(Path(ours))
+    m = read_manifest(Path(ours))
     tokens = tokenize(Path(ours), text().strip())[:TEXT_TOKENS]
-    start_token = manifest.text_start_token_id
-    assert start_token is not None  # noqa: S101 - of what we import it is known
-    # The builder names inputs and outputs as we do, so that our scorer can drive it.
-    scorer = Scorer(Path(graph), manifest)
+    assert m.text_start_token_id is not None  # noqa: S101 - of what we import it is known
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    nothing = np.zeros((1, m.kv_heads, 0, m.head_size), np.float32)
+    past = {n.name: nothing for n in session.get_inputs() if n.name.startswith("past")}
     losses = []
     for start in range(0, len(tokens) - 1, WINDOW_TOKENS):
         ids = tokens[start : start + WINDOW_TOKENS].copy()
-        ids[0] = start_token
-        for position, logits in scorer.logits(ids[:-1]):
-            targets = ids[position + 1 : position + 1 + len(logits)]
-            losses.append(negative_log_likelihood(logits, targets))
+        ids[0] = m.text_start_token_id
+        inputs = {"input_ids": ids[None, :-1], "attention_mask": np.ones((1, len(ids) - 1), int)}
+        (logits,) = session.run(["logits"], inputs | past)
+        losses.append(negative_log_likelihood(logits[0], ids[1:]))
     return {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
 
 

@@ -35,6 +35,7 @@ from edgemoa.models.importer import convert  # noqa: E402
 from edgemoa.models.library import MANIFEST, Manifest  # noqa: E402
 from edgemoa.models.perplexity import Scorer, negative_log_likelihood  # noqa: E402
 from edgemoa.models.progress import silent  # noqa: E402
+from edgemoa.text.files import RAGGED_GRAPH  # noqa: E402
 from tests.models.tiny import PRESETS, Tiny, tiny  # noqa: E402
 
 LLAMA_CPP: Final = "llama-cpp-python==0.3.36"
@@ -147,10 +148,10 @@ class Ours:
         self.manifest: Manifest = convert(source, folder, "proof", silent, reference=reference)
         (folder / MANIFEST).write_bytes(msgspec.json.encode(self.manifest))
         self._folder = folder
-        self._scorer = Scorer(folder / "score.onnx", self.manifest)
+        self._scorer = Scorer(folder / RAGGED_GRAPH, self.manifest)
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """float32 [tokens, vocabulary], by the scoring graph."""
+        """float32 [tokens, vocabulary], by the graph of packed tokens."""
         return np.concatenate([part for _, part in self._scorer.logits(np.array(ids))])
 
     def nll(self, windows: list[list[int]]) -> float:

@@ -27,7 +27,10 @@ from edgemoa.errors import EngineError
 from edgemoa.text.files import RAGGED_GRAPH
 from edgemoa.text.settings import Config
 
-LOGITS_BYTES: Final = 16 << 20  # of one run; those of a token are 192 KB and more
+LOGITS_BYTES: Final = 16 << 20  # of one run, or one token of each row; a token has 192 KB or more
+
+MOST_EACH: Final = 8
+"""Tokens that a row may have in a run with other rows; with more, a run is for one row."""
 
 _LEAST_PLACES: Final = 2
 _MOST_PLANS: Final = 64
@@ -82,8 +85,10 @@ class Graph:
         )
         if not fits:
             raise UnsuitedError("its graph has other inputs or outputs")
-        self.cache = Cache(len(self._past), rows, heads, config.model.context_length, size)
-        self.most_logits = max(LOGITS_BYTES // (4 * self.vocabulary), 2)
+        # Also an idle row's places must have room for what another row's tokens take.
+        places = config.model.context_length + MOST_EACH
+        self.cache = Cache(len(self._past), rows, heads, places, size)
+        self.most_logits = max(LOGITS_BYTES // (4 * self.vocabulary), rows)
         self.doubles = False
         self._logits = np.empty((self.most_logits, self.vocabulary), np.float32)
         self._plans: dict[tuple[tuple[int, ...], bool, bool], _Plan] = {}

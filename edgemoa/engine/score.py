@@ -7,7 +7,6 @@ run, in the same place of the cache. Nothing is written, so this goes at the spe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,6 @@ import numpy.typing as npt
 from edgemoa.engine.frames import Event, Likelihood, Score, Scored
 from edgemoa.errors import EngineError, InvalidPromptError, PromptTooLongError
 from edgemoa.text.tokens import Tokens
-
-LOGITS_BYTES: Final = 16 << 20  # of the logits of one run; those of a token are 192 KB and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +66,6 @@ class Scoring:
         """
         tokens = self._candidates[self._at]
         end = min(self._read + most, len(tokens) - 1)
-        if end == len(tokens) - 2:  # rather one more than a single one by itself
-            end += 1
         return Stretch(tokens[self._read : end], self._read, end)
 
     def take(self, stretch: Stretch, logits: npt.NDArray[np.float32]) -> list[Event]:

@@ -283,7 +283,8 @@ class SlotsBackend:
 
     def _cost_of_more(self, text: npt.NDArray[np.int64]) -> float:
         """What a token more takes in a run, in runs of a single one; by the best of some runs."""
-        best = {1: float("inf"), 1 + drafts.MOST: float("inf")}
+        most = min(drafts.MOST, self._graph.most_logits - 1)
+        best = {1: float("inf"), 1 + most: float("inf")}
         started_s = before_s = time.perf_counter()
         for tokens in (*best,) * _TRIES:
             self._graph.run(0, [text[:tokens]], [0], every=True)
@@ -293,7 +294,7 @@ class SlotsBackend:
             if now_s - started_s > _TRYING_S and tokens > 1:
                 break
         one, more = best.values()
-        return min(max((more - one) / (drafts.MOST * one), 0.0), 1.0)
+        return min(max((more - one) / (most * one), 0.0), 1.0)
 
     # --- running
 
@@ -426,7 +427,7 @@ class SlotsBackend:
         assert slot.answer is not None  # noqa: S101 - else nothing is picked for it
         try:
             events = slot.answer.pick(logits)
-        except EngineError as error:
+        except (EngineError, MemoryError) as error:
             return self._fail(slot, error)
         if events and isinstance(events[-1], Done | Scored):
             self._free(slot)

@@ -15,8 +15,14 @@ that a row has:
   where there is none; ``token_places`` int64 [1, tokens, 2]: row and place of each token
 - ``query_seqlens`` int32 [rows]: places in use, 0 to ``span``; ``seqlens_k`` int32 [rows]: tokens
   that the row has with them, less one; ``total_sequence_length`` int32 []: most tokens of any row
-- ``wanted`` int64 [wanted]: the tokens that ``logits`` [1, wanted, vocabulary] and ``hidden`` [1,
-  wanted, hidden] (what the head is given) are computed for
+- ``wanted`` int64 [wanted], one at least: the tokens that ``logits`` [1, wanted, vocabulary] and
+  ``hidden`` [1, wanted, hidden] (what the head is given) are computed for
+
+A text gives the same bits in any pieces and company, as long as each row that has new tokens has
+two places in use: for one, onnxruntime takes another kernel. So a single token is given twice; the
+token after it takes the second place. ``past`` must have room for ``span`` places behind what
+each row has, also where a row is idle: onnxruntime refuses the run else, as it does if ``span`` is
+more than ``total_sequence_length``. Nothing is written behind the places in use.
 
 Both have ``past_key_values.N.key|value`` float32 [rows, kv_heads, past, head_size], and
 ``present.N.key|value``, which may be the very buffers of the past.
@@ -40,7 +46,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgemoa.models.architecture import Architecture
-from edgemoa.models.blocks import BLOCK, Format
+from edgemoa.models.blocks import BLOCK, Format, added_blocks
 
 OPSET: Final = 21
 MICROSOFT: Final = "com.microsoft"
@@ -91,7 +97,7 @@ class WeightsFile:
 class Matrix:
     """A weight [rows, columns] in the weights file, under names that start with ``name``.
 
-    Blocks: ``name.q`` uint8 [rows, blocks, bytes] and ``name.d`` float16 or float32 [rows, blocks],
+    Blocks: ``name.q`` uint8 [rows, blocks, bytes] and ``name.d`` float16 [rows, blocks],
     with ``digits`` sets of columns behind its own (see :mod:`edgemoa.models.blocks`), then also
     ``name.z``, packed zero points. Rows to be gathered, with a minimum: ``name.c`` float16 [rows,
     own blocks], what to add. Floats: ``name.w`` [rows, columns]. With a bias: ``name.b`` [rows].
@@ -112,7 +118,7 @@ class Matrix:
     @property
     def added_blocks(self) -> int:
         """Blocks behind its own."""
-        return self.digits * -(-self.columns // BLOCK**2)
+        return added_blocks(self.columns, self.digits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +242,7 @@ class _Graph:
     def _embed_blocks(self, matrix: Matrix, ids: str) -> str:
         own = matrix.columns // BLOCK
         shape = self._constant([matrix.rows, own + matrix.added_blocks, 1])
-        scale = self._node("Reshape", [self._scale(matrix), shape], "embedding.scale")
+        scale = self._node("Reshape", [self._float(f"{matrix.name}.d"), shape], "embedding.scale")
         rows = self._node(
             "GatherBlockQuantized",
             [self._weight(f"{matrix.name}.q"), ids, scale],
@@ -338,7 +344,7 @@ class _Graph:
         return inputs
 
     def _rope(self, name: str) -> list[str]:
-        """Caches [context, head_size / 2] of cosines and sines.
+        """Caches [context + 1, head_size / 2] of cosines and sines.
 
         onnxruntime computes them once, when it loads the graph: as files they would be a quarter
         of a small model. In float64, as the angle of a late position has few digits behind the
@@ -349,7 +355,8 @@ class _Graph:
             return [cos, sin]
         rope = self.sizes.ropes[name]
         if "positions" not in self.made:
-            ends = [self._float64(x) for x in (0.0, float(self.sizes.context), 1.0)]
+            # One more than the context: its last token, too, may be given twice.
+            ends = [self._float64(x) for x in (0.0, self.sizes.context + 1.0, 1.0)]
             self._node("Range", ends, "positions.1d")
             self._node("Unsqueeze", ["positions.1d", self._constant([1])], "positions")
         frequencies = self._array(f"{name}.frequencies", rope.frequencies)
@@ -390,14 +397,18 @@ class _Graph:
                 self._node("FusedMatMul", [x, weight], product, domain=MICROSOFT, transB=1)
                 outputs.append(self._node("Add", [product, *bias], out) if bias else out)
                 continue
-            zeros = [self._weight(f"{matrix.name}.z")] if matrix.digits else [""]
-            inputs = [self._weight(f"{matrix.name}.q"), self._scale(matrix)]
-            if matrix.digits or bias:
-                inputs += [*zeros, "", *bias] if bias else zeros
             given, columns = self._with_means(x, matrix)
+            zeros = self._weight(f"{matrix.name}.z") if matrix.digits else ""
             product = self._node(
                 "MatMulNBits",
-                [given, *inputs],
+                [
+                    given,
+                    self._weight(f"{matrix.name}.q"),
+                    self._float(f"{matrix.name}.d"),
+                    zeros,
+                    "",  # the order of columns
+                    *bias,
+                ],
                 out,
                 domain=MICROSOFT,
                 K=columns,
@@ -459,17 +470,11 @@ class _Graph:
         return name
 
     def _float(self, stored: str) -> str:
-        """A stored tensor as float32."""
-        if self.entries[stored].data_type == TensorProto.FLOAT:
-            return self._weight(stored)
+        """A stored float16 tensor as float32."""
         name = f"{stored}.float"
         if name not in self.made:
             self._node("Cast", [self._weight(stored)], name, to=TensorProto.FLOAT)
         return name
-
-    def _scale(self, matrix: Matrix) -> str:
-        """``d`` by row and block."""
-        return self._float(f"{matrix.name}.d")
 
     # --- pieces of protobuf
 

@@ -1,6 +1,6 @@
-"""From a GGUF file to a folder that onnxruntime-genai and our engine run, without loss.
+"""From a GGUF file to a folder that onnxruntime-genai and our engine run.
 
-Quantized blocks are carried over as they are (see ``blocks``); nothing needs torch. Tensors stream
+Quantized weights are not quantized once more (see ``blocks``); nothing needs torch. Tensors stream
 from file to file in slabs, so that memory stays far below the size of the model.
 """
 
@@ -24,19 +24,18 @@ from edgemoa.errors import HashMismatchError, ModelInvalidError, UserError
 from edgemoa.models.architecture import Architecture, read_architecture
 from edgemoa.models.blocks import (
     BLOCK,
-    CLOSE_ENOUGH,
     FLOAT_TYPES,
     FLOATS,
     FORMATS,
     MOST_DIGITS,
     Format,
+    added_blocks,
     dequantize,
+    digits_needed,
     pack,
     pack_zeros,
     split,
-    split_digits,
     with_minima,
-    zero_points,
 )
 from edgemoa.models.gguf import GgufFile, Tensor
 from edgemoa.models.graph import Decoder, Layer, Matrix, WeightsFile, decoder_graph
@@ -58,9 +57,9 @@ from edgemoa.text.files import RAGGED_GRAPH
 WEIGHTS: Final = "weights.bin"
 GENERATION_GRAPH: Final = "model.onnx"
 FLOAT32_BYTES: Final = 4
-SCALE_BYTES: Final = 3  # float16 and a zero point
+SCALE_BYTES: Final = 2
 SHIFT_BYTES: Final = 2
-USUAL_DIGITS: Final = 2  # at most
+EMBEDDING: Final = "token_embd.weight"
 SMALL_BYTES: Final = 24 << 20  # graphs, and the tokenizer of a vocabulary of 260,000
 
 
@@ -93,7 +92,7 @@ def place_gguf(
 
 def import_bytes(gguf_bytes: int) -> int:
     """What an import is likely to write, for a file that is not there yet: its weights as they are,
-    graphs, tokenizer. Types of 5 and 6 bits take more; :func:`written_bytes` tells exactly.
+    graphs, tokenizer. Types of 5 and 6 bits take more; :func:`written_bytes` knows the file.
     """
     return gguf_bytes + gguf_bytes // 20 + SMALL_BYTES
 
@@ -102,19 +101,16 @@ def written_bytes(gguf: GgufFile) -> int:
     """What the import of this file writes at most."""
     total = SMALL_BYTES
     for tensor in gguf.tensors.values():
-        weights = prod(tensor.shape)
+        columns, weights = tensor.shape[-1], prod(tensor.shape)
         form = FORMATS.get(tensor.type.name, FLOATS)
-        if tensor.shape[-1] % BLOCK or len(tensor.shape) < 2:
-            form = FLOATS
-        if not form.bits:
+        if columns % BLOCK or len(tensor.shape) < 2 or not form.bits:
             total += FLOAT32_BYTES * weights
-        else:
-            blocks = weights // BLOCK
-            if form.centre:  # minima: in a few columns more, and beside embeddings
-                rows = weights // tensor.shape[-1]
-                total += SHIFT_BYTES * blocks
-                blocks += rows * USUAL_DIGITS * -(-tensor.shape[-1] // BLOCK**2)
-            total += blocks * (BLOCK * form.bits // 8 + SCALE_BYTES)
+            continue
+        blocks, width = columns // BLOCK, BLOCK * form.bits // 8 + SCALE_BYTES
+        if form.centre:  # a zero point for each block, and blocks for what that leaves
+            blocks, width = blocks + added_blocks(columns, MOST_DIGITS), width + 1
+            width += SHIFT_BYTES if tensor.name == EMBEDDING else 0
+        total += weights // columns * blocks * width
     return total
 
 
@@ -225,7 +221,7 @@ class _Weights:
     def write(self) -> Decoder:
         model = self.model
         embedding = self._matrix(
-            "embedding", [Source("token_embd.weight")], gathered=True, multiplied=model.tied
+            "embedding", [Source(EMBEDDING)], gathered=True, multiplied=model.tied
         )
         layers = tuple(self._layer(number) for number in range(model.layers))
         final_norm = self._vector("final_norm.gain", "output_norm.weight")
@@ -311,26 +307,18 @@ class _Weights:
         return matrix
 
     def _digits(self, form: Format, tensors: list[Tensor]) -> int:
-        """How many columns a block's minimum takes, so that it is close enough."""
+        """How many columns a block's minimum takes."""
         if not form.centre:
             return 0
-        for digits in range(1, MOST_DIGITS):
-            errors = steps = 0.0
-            for tensor in tensors:
-                for slab in self.gguf.slabs(tensor, 1):
-                    blocks = split(tensor.type.name, slab)
-                    _, rest = zero_points(form, blocks)
-                    _, _, left = split_digits(form, rest, digits)
-                    errors += float(np.square(left / BLOCK, dtype=np.float64).sum())
-                    steps += float(np.square(blocks.scale, dtype=np.float64).sum())
-            if errors <= CLOSE_ENOUGH**2 * steps:
-                return digits
-        return MOST_DIGITS
+        return digits_needed(
+            form,
+            (split(t.type.name, slab) for t in tensors for slab in self.gguf.slabs(t)),
+        )
 
     def _blocks(self, matrix: Matrix, tensors: list[Tensor], *, gathered: bool) -> None:
         form, rows, own = matrix.format, matrix.rows, matrix.columns // BLOCK
         count = own + matrix.added_blocks
-        scales: list[NDArray[np.float32]] = []
+        scales: list[NDArray[np.float16]] = []
         zeros: list[NDArray[np.uint8]] = []
         shifts: list[NDArray[np.float16]] = []
 
@@ -346,15 +334,13 @@ class _Weights:
                         columns = with_minima(form, blocks, matrix.digits)
                         codes, scale = columns.codes, columns.scale
                         zeros.append(pack_zeros(columns.zeros, form.bits))
-                    scales.append(scale)
+                    scales.append(scale.astype(np.float16))
                     yield pack(codes, form.bits)
 
         name = matrix.name
         width = BLOCK * form.bits // 8
         self.out.add(f"{name}.q", TensorProto.UINT8, [rows, count, width], packed())
-        element = _element(scales)
-        kind = np.float16 if element == TensorProto.FLOAT16 else np.float32
-        self.out.add(f"{name}.d", element, [rows, count], (part.astype(kind) for part in scales))
+        self.out.add(f"{name}.d", TensorProto.FLOAT16, [rows, count], scales)
         if zeros:
             self.out.add(f"{name}.z", TensorProto.UINT8, [rows, zeros[0].shape[1]], zeros)
         if shifts:
@@ -389,14 +375,6 @@ class _Weights:
                 first += len(turned)
                 slab = turned.reshape(slab.shape)  # noqa: PLW2901
             yield slab
-
-
-def _element(scales: list[NDArray[np.float32]]) -> int:
-    """The type that holds scales: float16, as ggml has them, unless they are out of its range."""
-    largest = max((float(np.abs(part).max(initial=0)) for part in scales), default=0.0)
-    least, most = float(np.finfo(np.float16).smallest_normal), float(np.finfo(np.float16).max)
-    fits = largest == 0 or least <= largest <= most
-    return int(TensorProto.FLOAT16 if fits else TensorProto.FLOAT)
 
 
 def _hash(gguf: GgufFile, progress: Progress) -> str:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from edgemoa.models.hub import HubFile, Repository
 
 # The first of these that a repository offers is taken where nobody names a file: 4 bits first, of
-# the kinds whose weights the import carries over exactly the most precise; then what is larger.
+# the kinds whose blocks the import carries over the most precise; then what is larger.
 PREFERRED: Final = (
     *("Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q8_0", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0"),
     *("Q6_K", "BF16", "F16", "F32"),

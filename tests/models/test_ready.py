@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     place = tmp_path_factory.mktemp("made")
     source = Tiny("Q4_1").write(place / "tiny.gguf")
     folder = import_gguf(source, ModelLibrary(place / "models"), "tiny", silent)
-    ours = {MANIFEST, "score.onnx"}
+    ours = {MANIFEST, "ragged.onnx"}
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ours}
     return files | {"README.md": b"# hello", "custom_ops.so": b"\x7fELF", "setup.py": b"boom()"}
 
@@ -175,8 +175,8 @@ def test_a_program_is_not_let_in(folder: Path, library: ModelLibrary) -> None:
             )
         ),
         (options(**{"session.optimized_model_filepath": "1"}), "optimized_model_filepath"),
-        (options(**{"session.disable_quant_qdq": "٣"}), "disable_quant_qdq"),
-        (options(**{"session.disable_quant_qdq": "/x"}), "disable_quant_qdq"),
+        (options(**{"session.intra_op.spin_duration_us": "٣"}), "spin_duration_us"),
+        (options(**{"session.intra_op.spin_duration_us": "/x"}), "spin_duration_us"),
         (decoder(filename="model.onnx\n"), "filename"),
         (decoder(num_hidden_layers=1), "the 1 layers of key-value cache"),
         (decoder(num_key_value_heads=7), "another key-value cache than"),

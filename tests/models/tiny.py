@@ -60,6 +60,7 @@ class Tiny:
     original_context: int = 0  # > 0 in phi3: the file has long and short rope factors
     tokenizer: str = "gpt2"
     pre: str = "smollm"
+    far: float = 0.0  # > 0: weights of a block lie around a value up to so many times as large
     values: dict[str, Floats] = field(default_factory=dict, init=False)
 
     @property
@@ -151,6 +152,9 @@ class Tiny:
             return (1.5 if "_q_norm" in name or "_k_norm" in name else 1) + values / 8
         if name.endswith("bias"):
             return values / 2
+        if self.far:
+            centres = rng.uniform(-self.far, self.far, (*shape[:-1], shape[-1] // 32))
+            values = values / 4 + np.repeat(4 * centres, 32, axis=-1)
         return np.asarray(values / np.sqrt(shape[-1]))
 
     def _factors(self, name: str, count: int) -> Doubles:
