@@ -82,7 +82,14 @@ def run(arguments: argparse.Namespace, config: Config, library: ModelLibrary) ->
 
     folder = library.find(config.model.name)
     model = config.model
-    board = tuning.this_board(read_manifest(folder).model_id, model.backend, model.provider)
+    board = tuning.this_board(
+        read_manifest(folder).model_id,
+        model.backend,
+        model.provider,
+        threads=model.threads,
+        slots=model.slots,
+        cache_mb=model.memory_mb,
+    )
     state_dir = config.state_dir()
     kept = tuning.kept(state_dir, board)
     _warn_of_a_daemon(config)

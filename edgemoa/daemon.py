@@ -181,8 +181,14 @@ class Daemon:
     def _tuned(self, model_dir: Path) -> Tuning | None:
         """What was found before of how this board runs the model best. Blocks on the disk."""
         model = self._config.model
-        model_id = read_manifest(model_dir).model_id
-        self._board = tuning.this_board(model_id, model.backend, model.provider)
+        self._board = tuning.this_board(
+            read_manifest(model_dir).model_id,
+            model.backend,
+            model.provider,
+            threads=model.threads,
+            slots=model.slots,
+            cache_mb=model.memory_mb,
+        )
         return tuning.kept(self._config.state_dir(), self._board)
 
     def _keep_tuning(self, found: Tuning) -> None:

@@ -83,8 +83,13 @@ def test_figures_and_what_is_kept(
     assert bench(settings) == 0
     out = capsys.readouterr().out
     assert f"{found['threads']} threads, {found['slots']} jobs at a time, by measurement" in out
-    assert bench(settings, "--tune", "--set", "model.threads=1") == 0
-    assert "best: 1 threads" in capsys.readouterr().out
+    named = ["--set", "model.threads=1", "--set", "model.slots=3"]
+    assert bench(settings, "--tune", *named) == 0
+    assert "best: 1 threads, 3 jobs" in capsys.readouterr().out
+    # What a setting named is not taken for what is best without it.
+    assert bench(settings) == 0
+    out = capsys.readouterr().out
+    assert f"{found['threads']} threads, {found['slots']} jobs at a time, by measurement" in out
 
 
 def test_what_cannot_be_measured(

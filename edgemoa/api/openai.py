@@ -26,6 +26,14 @@ from edgemoa.errors import (
 
 GROUP_MODEL = "edgemoa"
 _PLAN = re.compile(r"edgemoa:M(\d)k(\d{1,2})")
+_FORMS = (  # how llama.cpp and vLLM are told what form the answer has
+    *("grammar", "json_schema", "structured_outputs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
+_REFUSED = {
+    **dict.fromkeys(("tools", "functions", "audio"), "leave it out"),
+    **dict.fromkeys(_FORMS, "a JSON schema goes in 'response_format'"),
+}
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text"):
@@ -98,10 +106,18 @@ class ChatRequest(msgspec.Struct):
     seed: int | None = None
     stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
-    # Understood only as far as leaving them out would give another answer.
+    # Understood only as far as leaving them out would give another answer; see _REFUSED.
     n: int | None = None
     tools: Any = None
     functions: Any = None
+    audio: Any = None
+    grammar: Any = None
+    json_schema: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
 
     def conversation(self) -> tuple[ChatMessage, ...]:
         """The turns as the core knows them.
@@ -160,14 +176,11 @@ class ChatRequest(msgspec.Struct):
         :param chance: the seed for a request without one.
         :raises UserError: for what cannot be done.
         """
-        unsupported = {
-            "n": self.n not in (None, 1),
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-        }
-        for name, asked_for in unsupported.items():
-            if asked_for:
-                raise UserError(f"'{name}' is not supported", hint="leave it out")
+        if self.n not in (None, 1):
+            raise UserError("'n' is not supported", hint="leave it out")
+        for name, hint in _REFUSED.items():
+            if getattr(self, name):
+                raise UserError(f"'{name}' is not supported", hint=hint)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if any(not 0 < len(text) <= 256 for text in stop):
             raise UserError("a stop string must have 1 to 256 characters", hint="see 'stop'")
@@ -272,7 +285,7 @@ class ErrorBody(msgspec.Struct):
 
 def error_json(error: EdgemoaError) -> dict[str, Any]:
     """An error in OpenAI's shape. The hint is part of the sentence: clients show only that."""
-    message = f"{error}: {error.hint}" if error.hint else str(error)
+    message = f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
     return {"error": ErrorBody(message, error.kind, error.code)}
 
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from edgemoa.core import limits
-from edgemoa.core.messages import BoardId, ChatMessage, Message, Sampling
+from edgemoa.core.messages import BoardId, ChatMessage, Count, Message, Millis, Sampling
 
 JobKind: TypeAlias = Literal["proposal", "aggregation"]
 Finish: TypeAlias = Literal["stop", "length", "loop"]
@@ -84,13 +84,13 @@ class WorkDone(msgspec.Struct, frozen=True):
 
     text: str
     finish: Finish
-    prompt_tokens: int
-    tokens: int
-    prefill_ms: int
-    decode_ms: int
-    cached_tokens: int = 0  # of the prompt, that the model had read before
-    model_ms: int = 0
-    ahead_tokens: int = 0  # of the cached ones, those that were read ahead of this very job
+    prompt_tokens: Count
+    tokens: Count
+    prefill_ms: Millis
+    decode_ms: Millis
+    cached_tokens: Count = 0  # of the prompt, that the model had read before
+    model_ms: Millis = 0
+    ahead_tokens: Count = 0  # of the cached ones, those that were read ahead of this very job
 
     @property
     def work_ms(self) -> int:

@@ -17,6 +17,7 @@ from edgemoa.core.messages import BoardId
 from edgemoa.core.rates import Rates
 
 PRIOR_SERVICE_MS: Final = 5_000  # assumed until the first job of a kind has been measured
+LONGEST_WAIT_MS: Final = 86_400_000  # that is told; who hears of a day asks another
 AVERAGE_WEIGHT: Final = 0.2  # of the newest sample in the exponential average
 
 
@@ -143,7 +144,9 @@ class WorkQueue:
         return next((i for i, work in enumerate(self) if found(work)), None)
 
     def expected_wait_ms(self) -> int:
-        """How long a job that came now would wait, by what those before it take of the model."""
+        """How long a job that came now would wait, by what those before it take of the model, up
+        to a day: figures that make it longer are no reason to send others away for longer."""
         jobs = Counter(work.job.kind for work in self)
         batch = max(min(self.slots, jobs.total()), 1)
-        return round(sum(n * self.times.mean_ms(kind, batch) for kind, n in jobs.items()))
+        wait_ms = sum(n * self.times.mean_ms(kind, batch) for kind, n in jobs.items())
+        return min(round(wait_ms), LONGEST_WAIT_MS)

@@ -3,68 +3,72 @@
 Models repeat: names and phrases of the prompt, their own turns of speech, and above all an
 aggregation repeats its proposals. The model reads a few guessed tokens in the same run as the last
 one, which costs little where a run is bound by reading the weights, and each guess that comes true
-is a run saved (prompt lookup decoding). With the default model, 16 prompts of AlpacaEval and up to
-four guesses, a run makes 3.0 tokens of an aggregation of three proposals, 1.6 of a greedy answer,
-and 1.2 of a sampled one.
+is a run saved (prompt lookup decoding). Simulated with the default model's texts on 16 prompts of
+AlpacaEval, a token more taking .15 of a run: an aggregation of three proposals is written 2.7 times
+as fast, a greedy answer 1.3 times, a sampled one 1.1 times.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final
 
-MOST: Final = 4
-"""Guesses in a run: with more, less than half of the last ones come true."""
+MOST: Final = 7
+"""Guesses in a run."""
 
-_ORDERS: Final = (3, 2)  # tokens that have to be the same; the longer the better
-_PRIOR: Final = 0.5  # share of guesses that come true, before anything is known
+_SHARES: Final = {8: 0.8, 4: 0.6, 3: 0.5, 2: 0.4, 1: 0.25}
+"""By how many tokens have to be the same: the share of guesses that come true, before anything is
+known of a text. More that are the same say more, so each has its own."""
+
 _MEMORY: Final = 0.9  # what an old guess weighs against the next one
-_RECOVERY: Final = 0.02  # by which a low share rises at each step without a guess
 
 
 class Drafts:
     """The tokens of one job, and what may follow them."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens = list(tokens)
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # by some tokens: where what followed them is
-        self._seen = 0  # tokens that are in there
-        self._share = _PRIOR
+        self._shares = dict(_SHARES)
+        for token in tokens:
+            self._add(token)
 
     def push(self, token: int) -> None:
-        """The next token."""
-        self._tokens.append(token)
+        """The next token. What would have been guessed in its place tells how good guesses are,
+        whether they were made or not."""
+        start, alike = self._start()
+        if alike:
+            right = self._tokens[start] == token
+            self._shares[alike] += (1 - _MEMORY) * (right - self._shares[alike])
+        self._add(token)
 
     def guess(self, most: int, cost: float) -> list[int]:
         """What may follow, up to ``most`` tokens.
 
         :param cost: the share of guesses that must come true for one to be worth its while.
         """
-        if cost >= 1 or self._share <= cost:
-            most = 0
-        elif cost > 0:
-            # The nth guess counts only when all before it came true.
-            most = min(most, int(math.log(cost) / math.log(min(self._share, 0.999))))
-        if most < 1:
-            self._share = min(self._share + _RECOVERY, _PRIOR)
+        start, alike = self._start()
+        if not alike:
             return []
-        self._index()
-        for order in _ORDERS:
-            start = self._after.get(tuple(self._tokens[-order:]))
+        share = 1.0
+        for count in range(most):
+            # It counts only when all before it came true; then so many more tokens are the same.
+            share *= next(self._shares[n] for n in self._shares if n <= alike + count)
+            if share <= cost:
+                return self._tokens[start : start + count]
+        return self._tokens[start : start + most]
+
+    def _start(self) -> tuple[int, int]:
+        """Where what followed the last tokens before is, and how many are the same, if any."""
+        for alike in self._shares:
+            start = self._after.get(tuple(self._tokens[-alike:]))
             if start is not None:
-                return self._tokens[start : start + most]
-        return []
+                return start, alike
+        return 0, 0
 
-    def judge(self, *, right: bool) -> None:
-        """Whether a guess came true; those after a wrong one say nothing."""
-        self._share = _MEMORY * self._share + (1 - _MEMORY) * right
-
-    def _index(self) -> None:
-        """Take in what came since the last time; the last token has nothing that follows yet."""
-        tokens = self._tokens
-        for at in range(max(self._seen, min(_ORDERS)), len(tokens)):
-            for order in _ORDERS:
-                if at >= order:
-                    self._after[tuple(tokens[at - order : at])] = at
-        self._seen = len(tokens)
+    def _add(self, token: int) -> None:
+        at = len(self._tokens)
+        for alike in self._shares:
+            if at >= alike:
+                self._after[tuple(self._tokens[-alike:])] = at
+        self._tokens.append(token)

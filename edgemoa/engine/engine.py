@@ -36,6 +36,7 @@ SETTLED_S: Final = 60.0  # a process that was ready for so long starts the delay
 GRACE_S: Final = 1.0  # for a process to end by itself
 CHECK_S: Final = 30.0  # for a schema to be checked: a second of processor time, on a busy board
 
+MAX_UNREAD_BYTES: Final = 64 * limits.MIB  # that the process is behind with reading
 _READ_BYTES: Final = 65536
 _KEPT_CHECKS: Final = 64
 _MAX_LOG_BYTES: Final = 65536  # of one process
@@ -157,7 +158,7 @@ class Engine:
         try:
             self._send(frame)
         except (EngineError, InvalidPromptError) as error:
-            if self._ready_at is not None and isinstance(error, EngineError):
+            if self._ready_at is not None and self._is_down:
                 return  # the process has just died, and ``on_lost`` is on its way
             failure = frames.Failed(job.job_id, WorkFailed(str(error)))
             asyncio.get_running_loop().call_soon(self._handle, failure)
@@ -394,11 +395,22 @@ class Engine:
 
     # --- what is said
 
+    @property
+    def _is_down(self) -> bool:
+        return self._stdin is None or self._stdin.is_closing()
+
     def _send(self, op: frames.Op) -> None:
-        if self._stdin is None or self._stdin.is_closing():
+        if self._stdin is None or self._is_down:
             raise EngineError(
                 "The model process is down; it is being started again.",
                 hint="Try again in a moment; the daemon's log says why it ended.",
+            )
+        # Prompts may come and be called off for as long as the process does not read.
+        unread = self._stdin.transport.get_write_buffer_size()
+        if unread > MAX_UNREAD_BYTES and not isinstance(op, frames.Cancel):
+            raise EngineError(
+                "The model process is behind with reading what it was given.",
+                hint="Try again in a moment; where it hangs, it is started again.",
             )
         self._stdin.write(frames.encode_op(op))
 

@@ -14,7 +14,7 @@ import msgspec
 
 from edgemoa.core import limits
 from edgemoa.core.events import TokenLogprob, Wishes, WorkDone, WorkFailed
-from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.core.messages import ChatMessage, Count, Millis, Sampling
 from edgemoa.core.rates import Rates
 from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import EngineError, InvalidPromptError
@@ -80,14 +80,13 @@ Op: TypeAlias = Generate | Cancel | Measure | ReadAhead | Score
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded. Said once."""
 
-    context_tokens: int
-    slots: int
-    load_ms: int
+    context_tokens: Count
+    slots: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    load_ms: Millis
     backend: str = ""
     note: str = ""  # why it is not the back end that was wished for
-    budget_tokens: int = 0  # that all jobs together may hold
+    budget_tokens: Count = 0  # that all jobs together may hold
     reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
-    threads: int = 0
     tuning: Tuning | None = None  # where it was asked to tune first
 
 
@@ -124,7 +123,7 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
     """The answer to :class:`Measure`; ``refused`` says why there is none."""
 
     call_id: int
-    tokens: int
+    tokens: Count
     refused: str = ""
 
 
@@ -132,8 +131,8 @@ class Likelihood(msgspec.Struct, frozen=True):
     """A candidate's score: the mean of its tokens' log-probabilities (0 at most), and how many
     tokens it has."""
 
-    log_probability: float
-    tokens: int
+    log_probability: Annotated[float, msgspec.Meta(le=0)]
+    tokens: Count
 
 
 class Scored(msgspec.Struct, frozen=True, tag="scored"):

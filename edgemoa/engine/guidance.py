@@ -16,6 +16,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,7 +45,8 @@ a string then takes 30 us instead of 400, for 262,144 tokens."""
 _STEP_FUEL: Final = 100_000  # of the lexer, for one mask: some ms at worst
 _STEP_ITEMS: Final = 25_000  # of the parser
 _START_FUEL: Final = 500_000
-_MAX_STATES: Final = 20_000  # of 1 to 2 kB each
+_MAX_STATES: Final = 20_000  # of 1 to 2 kB each; 1,000 tokens of a text with maxLength fill them
+_WORTH_RENEWING: Final = 64  # tokens
 _MAX_GRAMMAR: Final = 100_000
 _MAX_CAUSE_CHARACTERS: Final = 160
 _TOO_COMPLEX: Final = "The answer's JSON schema is too complex for this board."
@@ -52,12 +55,19 @@ _TOO_COMPLEX: Final = "The answer's JSON schema is too complex for this board."
 class Guide:
     """What one answer may go on with."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
+    def __init__(self, begin: Callable[[], Any], size: int, places: int) -> None:
+        """
+        :param begin: makes a matcher, for ``places`` tokens.
+        :param size: how many of those the model has.
+        """
         import numpy as np  # noqa: PLC0415 - the child that checks has no use for it
 
-        self._matcher = matcher
+        self._begin = begin
+        self._matcher = begin()
+        self._written: list[int] = []
+        self._renewed = 0  # how many were written when this matcher was made
         self._size = size
-        self._mask = np.zeros(-(-size // 32), np.uint32)
+        self._mask = np.zeros(-(-places // 32), np.uint32)
         self._bytes = self._mask.view(np.uint8)
 
     def allowed(self) -> npt.NDArray[np.bool_]:
@@ -67,8 +77,7 @@ class Guide:
         """
         import numpy as np  # noqa: PLC0415 - see above
 
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
+        if not self._look() and not (self._renew() and self._look()):
             raise EngineError(_TOO_COMPLEX)
         return np.unpackbits(self._bytes, bitorder="little", count=self._size).view(np.bool_)
 
@@ -78,9 +87,26 @@ class Guide:
 
         Raises :class:`EngineError` for a token that was not allowed.
         """
-        if not self._matcher.consume_token(token):
+        if not self._matcher.consume_token(token) and not (
+            self._renew() and self._matcher.consume_token(token)
+        ):
             raise EngineError(_TOO_COMPLEX)
+        self._written.append(token)
         return bool(self._matcher.is_stopped())
+
+    def _look(self) -> bool:
+        """Make the mask; False where that takes too much."""
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        return not self._matcher.is_error()
+
+    def _renew(self) -> bool:
+        """Go on with a new matcher: of the states that fill the old one, nearly all are of texts
+        that could have been written and were not. False where that was done just before."""
+        if len(self._written) - self._renewed < _WORTH_RENEWING:
+            return False
+        self._renewed = len(self._written)
+        self._matcher = self._begin()
+        return bool(self._matcher.consume_tokens(self._written))
 
 
 class Guidance:
@@ -104,7 +130,8 @@ class Guidance:
             pieces = [self._tokens.piece(number) for number in range(size)]
             # A model without an end goes on for as long as the schema lets it.
             self._vocabulary = _vocabulary(llguidance, pieces, ends or [size])
-        return Guide(_matcher(llguidance, self._vocabulary, schema), size)
+        begin = partial(_matcher, llguidance, self._vocabulary, schema)
+        return Guide(begin, size, self._vocabulary.vocab_size)
 
 
 class _Pieces:
@@ -175,15 +202,21 @@ def _library() -> Any:
 
 
 def check_schema(schema: str) -> None:
-    """Make a grammar of the schema, and a mask for the first token, over a vocabulary of bytes.
+    """Make a grammar of the schema, and masks for the first two tokens, over a vocabulary of bytes.
 
     Raises as :meth:`Guidance.guide` does. For a child, since some schemas take without end.
     """
     llguidance = _library()
     pieces = [bytes([byte]) for byte in range(256)]
     matcher = _matcher(llguidance, _vocabulary(llguidance, pieces, [256]), schema)
-    matcher.compute_bitmask()
-    if matcher.is_error():
+    mask = matcher.compute_bitmask()
+    tried = [matcher]
+    for begin in b'{["':  # behind these, most is possible
+        if mask[begin // 8] >> begin % 8 & 1:
+            tried.append(matcher.deep_copy())
+            tried[-1].consume_token(begin)
+            tried[-1].compute_bitmask()
+    if any(each.is_error() for each in tried):
         raise UserError(_TOO_COMPLEX)
 
 
@@ -200,6 +233,7 @@ def main() -> int:
         _library()  # what it takes is not the schema's
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
         most = pages * resource.getpagesize() + CHECK_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # llguidance aborts at that limit
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         signal.setitimer(signal.ITIMER_PROF, CHECK_CPU_S)
         check_schema(schema.decode())

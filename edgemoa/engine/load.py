@@ -63,9 +63,9 @@ def _accelerated(wish: Wish, notes: list[str]) -> Backend | None:
             wish.model_dir, wish.threads, provider=wish.provider, ends_loops=wish.ends_loops
         )
     except genai.ProviderError as error:
-        notes.append(
-            f"model.provider {wish.provider} cannot be used, the CPU is: {error} It needs a device"
-            " of that kind and a build of onnxruntime-genai for it."
+        notes.append(  # the runtime's own words last: they may be many, and a note is cut
+            f"model.provider {wish.provider} cannot be used, the CPU is. It needs a device of that"
+            f" kind and a build of onnxruntime-genai for it: {error}"
         )
         return None
 
@@ -75,7 +75,7 @@ def _fast(wish: Wish, notes: list[str]) -> Backend | None:
     from edgemoa.engine import ragged, slots  # noqa: PLC0415
 
     try:
-        return slots.load(
+        backend = slots.load(
             wish.model_dir,
             wish.threads,
             wish.slots,
@@ -89,3 +89,9 @@ def _fast(wish: Wish, notes: list[str]) -> Backend | None:
             hint = 'Import the model with edgemoa, or set model.backend to "auto".'
             raise EngineError(notes[-1], hint=hint) from error
         return None
+    if backend.budget_tokens < min(slots.LEAST_SLOT_TOKENS, backend.context_tokens):
+        notes.append(
+            f"Memory holds {backend.budget_tokens} tokens; a prompt that needs more with its answer"
+            " fails. Raise model.memory_mb, or use a smaller model."
+        )
+    return backend

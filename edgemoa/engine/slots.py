@@ -389,18 +389,15 @@ class SlotsBackend:
         """Go on by the logits of a slot's last token, and by those of guesses as long as these are
         what is picked."""
         events: list[Event] = []
-        for number, (token, row) in enumerate(zip(fed, logits, strict=True)):
+        for at, (token, row) in enumerate(zip(fed, logits, strict=True)):
             slot.written.append(token)
             slot.length += 1
             events += self._pick(slot, row)
             if not isinstance(slot.answer, Answer):
                 break  # it has ended
-            right = number + 1 < len(fed) and slot.answer.last == fed[number + 1]
             if slot.drafts is not None:
                 slot.drafts.push(slot.answer.last)
-                if number + 1 < len(fed):
-                    slot.drafts.judge(right=right)
-            if not right:
+            if fed[at + 1 : at + 2] != [slot.answer.last]:
                 break
         return events
 

@@ -66,7 +66,10 @@ class Tuning(msgspec.Struct, frozen=True):
 
 
 class Board(msgspec.Struct, frozen=True):
-    """What a measurement holds for. ``runtimes`` are versions: each has kernels of its own."""
+    """What a measurement holds for. ``runtimes`` are versions: each has kernels of its own.
+
+    What the settings name is not chosen by the measurement, and is not to outlast them.
+    """
 
     model_id: str
     backend: str  # as configured
@@ -74,6 +77,9 @@ class Board(msgspec.Struct, frozen=True):
     cores: int
     memory_mb: int
     runtimes: str
+    threads: int = 0  # as configured; 0: to be found. Likewise:
+    slots: int = 0
+    cache_mb: int = 0
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -91,11 +97,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def this_board(model_id: str, backend: str, provider: str) -> Board:
+def this_board(
+    model_id: str,
+    backend: str,
+    provider: str,
+    *,
+    threads: int = 0,
+    slots: int = 0,
+    cache_mb: int = 0,
+) -> Board:
     """This board with a model. Raises :class:`EngineError` where the kernel says nothing."""
     memory = round(total_bytes() / MEMORY_STEP) * MEMORY_STEP >> 20
     runtimes = " ".join(map(_version, _RUNTIMES))
-    return Board(model_id, backend, provider, cores(), memory, runtimes)
+    return Board(model_id, backend, provider, cores(), memory, runtimes, threads, slots, cache_mb)
 
 
 def _version(package: str) -> str:

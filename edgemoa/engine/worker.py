@@ -28,7 +28,7 @@ from edgemoa.core.rates import Meter
 from edgemoa.engine import frames
 from edgemoa.engine.load import Wish, load
 from edgemoa.engine.tuning import Tuning
-from edgemoa.errors import EdgemoaError, PromptTooLongError
+from edgemoa.errors import EdgemoaError, EngineError, PromptTooLongError
 
 NICENESS: Final = 5  # the daemon beside it answers the network, and has to stay quick
 OOM_SCORE: Final = 500  # of 1000: out of memory, the kernel ends this process before the daemon
@@ -224,7 +224,7 @@ def main() -> None:
     status = 0
     try:
         started = time.perf_counter()
-        backend, note, threads, tuning = _load(arguments)
+        backend, note, tuning = _load(arguments)
         load_ms = round((time.perf_counter() - started) * 1000)
         ready = frames.Ready(
             backend.context_tokens,
@@ -234,7 +234,6 @@ def main() -> None:
             _bounded(note),
             backend.budget_tokens,
             backend.reads_ahead,
-            threads,
             tuning,
         )
         pipe.send([ready])
@@ -250,8 +249,8 @@ def main() -> None:
     os._exit(status)
 
 
-def _load(asked: argparse.Namespace) -> tuple[Backend, str, int, Tuning | None]:
-    """The back end, why it is not what was asked for, its threads, and what tuning found."""
+def _load(asked: argparse.Namespace) -> tuple[Backend, str, Tuning | None]:
+    """The back end, why it is not what was asked for, and what tuning found."""
     wish = Wish(
         model_dir=asked.model_dir,
         threads=asked.threads,
@@ -263,12 +262,12 @@ def _load(asked: argparse.Namespace) -> tuple[Backend, str, int, Tuning | None]:
         ends_loops=not asked.keep_loops,
     )
     if not asked.tune:
-        return *load(wish), wish.threads, None
+        return *load(wish), None
     from edgemoa.engine.measure import tune_wish  # noqa: PLC0415 - once in a board's life
 
-    free = replace(wish, threads=0)
-    backend, note, tuning = tune_wish(free, wish.threads, goal_s=asked.tune)
-    return backend, note, tuning.threads, tuning
+    with suppress(EngineError):  # what cannot be measured may still do its work
+        return tune_wish(replace(wish, threads=0), wish.threads, goal_s=asked.tune)
+    return *load(wish), None
 
 
 def _settle() -> None:

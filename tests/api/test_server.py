@@ -23,7 +23,7 @@ import pytest
 
 from edgemoa import cli_peer_models
 from edgemoa.api import server
-from edgemoa.api.openai import usage
+from edgemoa.api.openai import error_json, usage
 from edgemoa.api.server import Api
 from edgemoa.client import Client
 from edgemoa.core import envelope, limits
@@ -423,6 +423,8 @@ def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
         (body(temperature=9), 400, "invalid_request"),
         (body(n=2), 400, "invalid_request"),
         (body(tools=[{}]), 400, "invalid_request"),
+        (body(grammar='root ::= "x"'), 400, "invalid_request"),
+        (body(guided_json={"type": "integer"}), 400, "invalid_request"),
         (body(top_k=-2), 400, "invalid_request"),
         (body(top_k=1.5), 400, "invalid_request"),
         (body(min_p=1.1), 400, "invalid_request"),
@@ -486,6 +488,11 @@ def test_refusals_and_failures(
         assert headers.get("Retry-After") == ("3" if failed.code == "overloaded" else None)
         with pytest.raises(error, match=failed.reason):
             list(Client(path).chat(body()))
+
+
+def test_an_errors_hint_goes_on_in_its_sentence() -> None:
+    told = error_json(EngineError("It is down.", hint="wait"))
+    assert told["error"].message == "It is down: wait"
 
 
 def test_an_error_in_the_middle_of_a_stream_travels_in_it(path: Path, board: ScriptedBoard) -> None:

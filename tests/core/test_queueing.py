@@ -7,7 +7,7 @@ import pytest
 
 from edgemoa.core.events import Job, WorkDone
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
-from edgemoa.core.queueing import PRIOR_SERVICE_MS, ServiceTimes, Work, WorkQueue
+from edgemoa.core.queueing import LONGEST_WAIT_MS, PRIOR_SERVICE_MS, ServiceTimes, Work, WorkQueue
 from edgemoa.core.rates import DecodeRate, PrefillRate, Rates
 
 ME, PEER = BoardId("me"), BoardId("peer")
@@ -114,3 +114,6 @@ def test_expected_wait_is_what_the_work_ahead_takes_of_the_model() -> None:
     # ... but are smaller where more is done at a time.
     queue.times.rates = Rates((PrefillRate(100, 0.0),), (DecodeRate(1, 0, 9), DecodeRate(2, 0, 10)))
     assert queue.expected_wait_ms() == pytest.approx(4 * 50 * 5, rel=0.02)
+    # Absurd figures end where other boards would no longer read what this one says.
+    queue.times.rates = Rates((PrefillRate(1, 1e9),), (DecodeRate(1, 1, 1e9),))
+    assert queue.expected_wait_ms() == LONGEST_WAIT_MS < 2**40

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from edgemoa.core import limits
+from edgemoa.core.events import WorkDone
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.engine import engine as engine_module
 from edgemoa.engine import frames
@@ -605,6 +606,49 @@ def test_the_daemon_side_refuses_what_is_no_event() -> None:
             frames.event_reader().feed(data)
     with pytest.raises(EngineError, match="too large"):
         frames.encode(frames.Text(1, "x" * (4 << 20)))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        frames.Done(1, WorkDone("x", "stop", 10, 10, -1, 5)),
+        frames.Done(1, WorkDone("x", "stop", 10, 2**40, 1, 5)),
+        frames.Done(1, WorkDone("x", "stop", 10, 10, 1, 5, model_ms=2**60)),
+        frames.Measured(1, -1),
+        frames.Ready(2048, 0, 10),
+        frames.Ready(-1, 1, 10),
+        frames.Scored(-1, (frames.Likelihood(float("nan"), 3),)),
+    ],
+)
+def test_numbers_that_no_board_would_believe_end_at_the_pipe(event: frames.Event) -> None:
+    with pytest.raises(EngineError, match="damaged"):
+        frames.event_reader().feed(frames.encode(event))
+
+
+def test_prompts_do_not_pile_up_before_a_process_that_does_not_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MAX_UNREAD_BYTES", 1 << 20)
+
+    async def scenario() -> None:
+        async with running(tiny) as (engine, events):
+            hung = pid_of(engine)
+            os.kill(hung, signal.SIGSTOP)
+            for number in range(1, 41):  # each comes, and is called off
+                engine.work(job(number, "x" * 100_000))
+                engine.cancel(number)
+            assert engine._stdin is not None
+            assert engine._stdin.transport.get_write_buffer_size() < 2 << 20
+            engine.work(job(99, "x"))
+            assert "behind" in (await events.fails(99)).reason
+            os.kill(hung, signal.SIGCONT)
+            while engine._stdin.transport.get_write_buffer_size():  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+            engine.work(job(100, "go>"))
+            assert (await events.ends(100)).text == HELLO
+            assert not events.lost
+
+    asyncio.run(scenario())
 
 
 def test_nothing_of_a_prompt_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:

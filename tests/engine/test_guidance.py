@@ -116,6 +116,30 @@ def test_an_answer_may_end_where_it_is_complete(reader: Reader) -> None:
     assert {int(n) for n in ends if not reader.tokens.piece(int(n))} == reader.tokens.end_of_turn
 
 
+def test_a_text_within_bounds_may_be_long(reader: Reader) -> None:
+    guide = reader.guide('{"type": "string", "maxLength": 9999}')
+    assert guide is not None
+    text = " ".join(f"{n} of the {n * n} towns" for n in range(300))
+    tokens = reader.tokens.encode(f'"{text}"')
+    assert len(tokens) > 2000
+    for number in tokens[:-1]:
+        assert guide.allowed()[number]
+        assert not guide.push(number)
+    assert guide.push(tokens[-1])
+
+
+def test_a_model_without_an_end_writes_what_the_schema_says(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = load_reader(smollm2, 8192)
+    monkeypatch.setattr(endless.tokens, "end_of_turn", frozenset())
+    guide = endless.guide('{"const": 7}')
+    assert guide is not None
+    (seven,) = endless.tokens.encode("7")
+    assert np.flatnonzero(guide.allowed()).tolist() == [seven]
+    assert guide.push(seven)
+
+
 def test_a_token_that_the_tokenizer_does_not_have_is_never_picked(reader: Reader) -> None:
     size = reader.tokens.size
     assert reader.tokens.knows(size - 1)
@@ -174,6 +198,7 @@ def test_limits_loops_and_stop_strings_end_guided_answers_too(reader: Reader) ->
         ('{"type": "string", "format": "phone"}', "Unknown format"),
         ('{"enum": []}', "Unsatisfiable"),
         ('{"$ref": "#"}', "too complex"),
+        (json.dumps({"properties": {f"k{n}": {} for n in range(2000)}}), "too complex"),
         ('{"$ref": "file:///etc/hostname"}', "not present"),
         ('{"items":' * 300 + "{}" + "}" * 300, "recursion limit"),
     ],

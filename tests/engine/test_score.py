@@ -11,7 +11,7 @@ import pytest
 from models.tiny import tiny
 
 from edgemoa.core.messages import Sampling
-from edgemoa.engine import genai, slots
+from edgemoa.engine import genai, ragged, slots
 from edgemoa.engine.answer import load_reader
 from edgemoa.engine.frames import Generate, Likelihood, Score, Scored
 from edgemoa.engine.slots import SlotsBackend
@@ -191,6 +191,22 @@ def test_logits_of_a_run_are_bounded(llama: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read) > 3
     assert max(read) == 20
     assert sum(read) == told.tokens - 1
+
+
+@pytest.mark.parametrize("tokens", range(19, 25))
+def test_candidates_as_long_as_a_run_and_a_little_longer(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    vocabulary = read_manifest(llama).vocabulary
+    monkeypatch.setattr(ragged, "LOGITS_BYTES", 20 * 4 * vocabulary)
+    backend = slots.load(llama, 1, 2)
+    assert backend._graph.most_logits == 20
+    text = ("qzjxw" * 5)[:tokens]
+    score = Score(-1, conversation(PROMPT), (text,))
+    assert backend.admit(score)
+    (told,) = scores(backend, score)
+    assert told.tokens == tokens
+    assert alike(told, defined(llama, PROMPT, text))
 
 
 def test_what_the_head_is_given_can_be_had(llama: Path) -> None:

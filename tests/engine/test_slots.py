@@ -375,6 +375,27 @@ def test_a_job_without_room_waits_for_another_to_end(eight: SlotsBackend, bench:
         os.close(each)
 
 
+def test_memory_that_is_short_for_one_job_ends_that_one_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others end with the same run."""
+    really_pick = Answer.pick
+
+    def pick(answer: Answer, logits: np.ndarray) -> list[frames.Event]:
+        if answer.job.job_id == 2 and answer.left == 1:
+            raise MemoryError
+        return really_pick(answer, logits)
+
+    monkeypatch.setattr(Answer, "pick", pick)
+    bench.backend.guess_cost = 1.0
+    for each in (1, 2, 3):
+        bench.admit(each, "Why is the sky blue?", Sampling(max_tokens=14 - each))
+    while len(bench.done) + len(bench.failed) < 3:
+        bench.step()
+    assert bench.done.keys() == {1, 3}
+    assert bench.failed[2].reason == "No room in memory."
+
+
 def test_numbers_that_are_none_end_one_job_alone(eight: SlotsBackend, bench: Bench) -> None:
     expected = bench.alone("Why is the sky blue?", Sampling(max_tokens=12)).text
     for each in (1, 2, 3):

@@ -18,11 +18,12 @@ import pytest
 from models.tiny import tiny
 
 from edgemoa.engine import genai, measure, slots, tuning
+from edgemoa.engine.engine import Engine
 from edgemoa.engine.load import Wish, load
 from edgemoa.engine.measure import Gauge, candidates, choose_slots, choose_threads, tune
 from edgemoa.engine.memory import available_bytes, total_bytes
 from edgemoa.engine.tuning import Board, Jobs, Threads, Tuning
-from edgemoa.engine.worker import Backend
+from edgemoa.engine.worker import Backend, _bounded
 from edgemoa.errors import StateError
 from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary
@@ -183,6 +184,22 @@ def test_the_model_process_tunes_once(llama: Path) -> None:
     asyncio.run(start())
 
 
+def test_a_model_that_cannot_be_measured_is_served_all_the_same(smollm2: Path) -> None:
+    async def start() -> None:
+        events = Recorder()
+        engine = Engine(smollm2, "model", 2, events, memory_mb=1, tune_s=30)
+        await engine.start()
+        try:
+            await events.loads()
+            assert not events.lost
+            assert engine.tuning is None
+            assert "Memory holds 22 tokens" in engine.note
+        finally:
+            await engine.stop()
+
+    asyncio.run(start())
+
+
 # --- where it is kept
 
 
@@ -194,6 +211,7 @@ def test_what_is_kept_is_found_for_the_same_board_and_model_only(tmp_path: Path)
     others: tuple[dict[str, Any], ...] = (
         {"model_id": "1" * 64}, {"backend": "genai"}, {"provider": "cuda"}, {"cores": 3},
         {"memory_mb": 1024}, {"runtimes": "1 3"},
+        {"threads": 2}, {"slots": 1}, {"cache_mb": 64},
     )  # fmt: skip
     for other in others:
         assert tuning.kept(state, msgspec.structs.replace(BOARD, **other)) is None
@@ -286,6 +304,16 @@ def test_the_cache_keeps_to_the_memory_that_it_is_given(llama: Path) -> None:
     assert more.budget_tokens == more.slots * 1024
 
 
+def test_memory_that_holds_hardly_a_prompt_is_told_before_one_fails(llama: Path) -> None:
+    assert load(Wish(llama, 1, memory_mb=100))[1] == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "available_bytes", lambda: 1 << 16)
+        backend, note = load(Wish(llama, 1))
+    assert backend.budget_tokens < backend.context_tokens
+    assert f"Memory holds {backend.budget_tokens} tokens" in note
+    assert "Raise model.memory_mb" in note
+
+
 # --- execution providers
 
 
@@ -294,7 +322,9 @@ def test_a_provider_that_is_not_there(llama: Path, smollm2: Path) -> None:
     for provider in genai.PROVIDERS:
         backend, note = load(Wish(llama, 1, provider=provider))
         assert backend.name == "slots"
-        assert f"model.provider {provider} cannot be used, the CPU is: " in note
+        assert f"model.provider {provider} cannot be used, the CPU is. It needs" in note
+        # The next step is told also where the runtime says more than a note may hold.
+        assert "a build of onnxruntime-genai for it" in _bounded(note)
     backend, note = load(Wish(smollm2, 1, backend="genai", provider="cuda"))
     assert backend.name == "genai"
     assert "cuda" in note
