@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from models.tiny import tiny
 
-from edgemoa.core.events import TokenLogprob, Wishes, WorkDone
+from edgemoa.core.events import Finish, TokenLogprob, Wishes, WorkDone
 from edgemoa.core.messages import Sampling
 from edgemoa.engine import ragged, slots
 from edgemoa.engine.drafts import MOST, Drafts
@@ -76,7 +76,7 @@ def backend(folder: Path) -> SlotsBackend:
     return loaded
 
 
-Told = tuple[str, str, int, list[TokenLogprob]]
+Told = tuple[str, Finish, int, list[TokenLogprob]]
 
 
 def told(backend: SlotsBackend, jobs: list[Generate]) -> tuple[dict[int, Told], int]:
