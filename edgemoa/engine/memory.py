@@ -66,7 +66,9 @@ def release_files(folder: Path) -> None:
         if found := _MAPPING.fullmatch(line):
             start, end = int(found[1], 16), int(found[2], 16)
             size = end - start if Path(found[3]).parent == folder else 0
-        elif size and line.split() == ["Anonymous:", "0", "kB"]:
+        elif line.startswith("Anonymous:") and line.split()[1] != "0":
+            size = 0  # changed
+        elif size and line.split() == ["Swap:", "0", "kB"]:  # not even before it was swapped out
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_DONTNEED)
 
 

@@ -23,13 +23,14 @@ import numpy.typing as npt
 
 from edgemoa.engine.answer import SPIN_US, cause
 from edgemoa.engine.cache import Cache
+from edgemoa.engine.drafts import MOST
 from edgemoa.errors import EngineError
 from edgemoa.text.files import RAGGED_GRAPH
 from edgemoa.text.settings import Config
 
 LOGITS_BYTES: Final = 16 << 20  # of one run, or one token of each row; a token has 192 KB or more
 
-MOST_EACH: Final = 8
+MOST_EACH: Final = 1 + MOST
 """Tokens that a row may have in a run with other rows; with more, a run is for one row."""
 
 _LEAST_PLACES: Final = 2

@@ -324,8 +324,9 @@ class SlotsBackend:
         started_s = time.perf_counter()
         start, count = slot.read, chunk_of(len(slot.prompt) - slot.read, self.chunk_tokens)
         end = start + count
+        slot.length = end  # also where the run fails, for what it may have written
         (logits,) = self._graph.run(self._row(slot), [slot.prompt[start:end]], [start])
-        slot.read = slot.length = end
+        slot.read = end
         self.meter.observe_prefill(count, start, 1000 * (time.perf_counter() - started_s))
         return np.asarray(logits)
 

@@ -158,7 +158,7 @@ def test_columns_give_the_product_with_the_blocks(kind: str, width: int, digits:
     most = steps * (0.5 / 2 ** ((form.bits - 1) * digits) + 1e-5)
     assert (off <= most).all()
     rms = np.sqrt(np.mean(off**2) / np.mean(np.square(blocks.scale, dtype=np.float64)))
-    assert rms <= CLOSE_ENOUGH
+    assert rms <= (CLOSE_ENOUGH if (form.bits - 1) * digits > 3 else 1 / 16)
     # And any x, not only such.
     x = rng.standard_normal((6, width))
     sums = np.abs(x.reshape(6, own, BLOCK).sum(-1)).sum(-1, keepdims=True)
@@ -167,12 +167,12 @@ def test_columns_give_the_product_with_the_blocks(kind: str, width: int, digits:
 
 
 @pytest.mark.parametrize("kind", WITH_MINIMA)
-def test_a_digit_is_enough_for_ordinary_blocks(kind: str) -> None:
-    blocks = made(kind, 512, np.random.default_rng(6))
-    assert digits_needed(FORMATS[kind], [blocks, blocks]) == 1
+def test_ordinary_blocks_take_six_bits_or_eight(kind: str) -> None:
+    blocks, form = made(kind, 512, np.random.default_rng(6)), FORMATS[kind]
+    assert digits_needed(form, [blocks, blocks]) == {4: 2, 8: 1}[form.bits]
 
 
-@pytest.mark.parametrize(("away", "digits"), [(0.0, 1), (0.2, 2), (1.0, 3), (8.0, 4), (2e3, 4)])
+@pytest.mark.parametrize(("away", "digits"), [(0.0, 2), (0.2, 2), (1.0, 3), (8.0, 4), (2e3, 4)])
 def test_blocks_far_from_zero_take_more_digits(away: float, digits: int) -> None:
     rng = np.random.default_rng(7)
     codes = rng.integers(0, 16, (20, 24, BLOCK), dtype=np.uint8)
