@@ -73,7 +73,11 @@ def release_files(folder: Path) -> None:
 
 
 def _machine(proc: Path, wanted: str) -> int:
-    for line in (proc / "meminfo").read_text("ascii").splitlines():
+    try:
+        lines = (proc / "meminfo").read_text("ascii").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
         name, _, amount = line.partition(":")
         if name == wanted:
             return int(amount.split()[0]) * 1024
@@ -83,7 +87,7 @@ def _machine(proc: Path, wanted: str) -> int:
 def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[int, Path]]:
     """The folders of this process's control group and those that it lies in, with the version."""
     try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
+        lines = (proc / "self" / "cgroup").read_text(errors="replace").splitlines()
     except OSError:  # a kernel without them
         return
     for line in lines:

@@ -153,7 +153,7 @@ class SlotsBackend:
         if worst > self.budget_tokens:
             raise EngineError(
                 f"No room for {worst} tokens of context: this board's memory holds"
-                f" {self.budget_tokens}."
+                f" {self.budget_tokens}. Ask for a shorter answer, or raise model.memory_mb."
             )
         if worst + sum(slot.worst for slot in self._jobs) > self.budget_tokens:
             return False
