@@ -98,7 +98,8 @@ class _Slot:
     def shares(self, prompt: npt.NDArray[np.int64]) -> int:
         """How many tokens that ``prompt`` begins with are there already.
 
-        The last two are read anew: the last for its logits, and never a token by itself (CHUNKS).
+        The last two are read anew: the last for its logits, and never a token by itself, for
+        machines where that matters (``is_exact``).
         """
         return _alike(self.prompt[: self.read], prompt[: max(len(prompt) - 2, 0)])
 

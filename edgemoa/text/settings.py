@@ -45,6 +45,7 @@ _Type = Literal[
 # Options of a session beyond those that onnxruntime-genai knows by itself. Others can name files
 # to read, and to write.
 _OPTIONS: Final = {
+    "disable_quant_qdq": "session.disable_quant_qdq",
     "allow_spinning": "session.intra_op.allow_spinning",
     "spin_duration_us": "session.intra_op.spin_duration_us",
 }
@@ -64,6 +65,7 @@ class _SessionOptions(_Known, frozen=True, rename=lambda name: _OPTIONS.get(name
     log_severity_level: int | None = None
     log_verbosity_level: int | None = None
     graph_optimization_level: str | int | None = None
+    disable_quant_qdq: _Number = 0  # of earlier imports
     allow_spinning: _Number = 0
     spin_duration_us: _Number = 0
 

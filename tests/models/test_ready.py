@@ -25,6 +25,7 @@ from edgemoa.models.library import MANIFEST, ModelLibrary
 from edgemoa.models.progress import silent
 from edgemoa.models.pull import pull
 from edgemoa.models.ready import import_folder
+from edgemoa.text.settings import read_config
 
 from .stand_in import StandIn, stand_in
 from .tiny import Tiny
@@ -177,6 +178,7 @@ def test_a_program_is_not_let_in(folder: Path, library: ModelLibrary) -> None:
         (options(**{"session.optimized_model_filepath": "1"}), "optimized_model_filepath"),
         (options(**{"session.intra_op.spin_duration_us": "٣"}), "spin_duration_us"),
         (options(**{"session.intra_op.spin_duration_us": "/x"}), "spin_duration_us"),
+        (options(**{"session.disable_quant_qdq": "/x"}), "disable_quant_qdq"),
         (decoder(filename="model.onnx\n"), "filename"),
         (decoder(num_hidden_layers=1), "the 1 layers of key-value cache"),
         (decoder(num_key_value_heads=7), "another key-value cache than"),
@@ -333,3 +335,11 @@ def test_a_file_that_the_settings_name_is_not_there(server: StandIn, library: Mo
     del server.files["cpu/int4/model.onnx"]
     with pytest.raises((ModelInvalidError, ModelNotFoundError), match=r"no cpu/int4/model\.onnx"):
         pull("hf:owner/repo", library, silent)
+
+
+def test_what_an_earlier_version_imported_is_let_in(tmp_path: Path, made: dict[str, bytes]) -> None:
+    config = json.loads(made["genai_config.json"])
+    config["model"]["decoder"]["session_options"]["session.disable_quant_qdq"] = "1"
+    file = tmp_path / "genai_config.json"
+    file.write_text(json.dumps(config))
+    assert read_config(file).model.decoder.filename == "model.onnx"
