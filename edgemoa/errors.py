@@ -79,6 +79,13 @@ class PromptTooLongError(UserError):
     exit_code = 14
 
 
+class SchemaError(UserError):
+    """An answer cannot be held to its JSON schema, which was found out while it was written."""
+
+    code = "schema_failed"
+    exit_code = 18
+
+
 # --- what this board cannot do now
 
 

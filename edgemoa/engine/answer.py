@@ -17,7 +17,7 @@ from edgemoa.engine.frames import Done, Event, Generate, Text
 from edgemoa.engine.guidance import Guidance, Guide
 from edgemoa.engine.sampling import Sampler, likeliest, logprobs
 from edgemoa.engine.text import Detokenizer, Loop, StopText
-from edgemoa.errors import EngineError, PromptTooLongError, UserError
+from edgemoa.errors import EngineError, PromptTooLongError, SchemaError, UserError
 from edgemoa.text.template import ChatTemplate, load_template
 from edgemoa.text.tokens import Tokens, load_tokens
 
@@ -85,13 +85,13 @@ class Reader:
     def guide(self, schema: str) -> Guide | None:
         """What an answer that obeys ``schema`` may go on with; None for an empty one.
 
-        Raises :class:`EngineError` where it cannot be obeyed. What is wrong with it was told to the
+        Raises :class:`SchemaError` where it cannot be obeyed. What is wrong with it was told to the
         client when it was checked; here it could get into a log.
         """
         try:
             return self._guidance.guide(schema) if schema else None
         except UserError:
-            raise EngineError("The answer's JSON schema cannot be obeyed.") from None
+            raise SchemaError("The answer's JSON schema cannot be obeyed.") from None
 
 
 class Answer:
@@ -100,7 +100,8 @@ class Answer:
     def __init__(
         self, job: Generate, reader: Reader, prompt: list[int], limit: int, *, ends_loops: bool
     ) -> None:
-        """Raises :class:`EngineError` where the answer cannot be given the form that it should."""
+        """Raises :class:`SchemaError` where the answer cannot be given the form that it should, and
+        :class:`EngineError` where none can."""
         wishes, tokens = job.wishes, reader.tokens
         self.job = job
         self.cached_tokens = 0  # of the prompt, that the model had read before
@@ -136,7 +137,7 @@ class Answer:
         """Choose the next token by a row of logits; a ``Done`` among the events is the end.
 
         Raises :class:`EngineError` where the model computed no numbers, or wants a token that
-        nobody knows.
+        nobody knows, and :class:`SchemaError` where the schema turns out to take too much.
         """
         logits = logits[: self._known.size]
         allowed = None if self._guide is None else self._guide.allowed()[: len(logits)]

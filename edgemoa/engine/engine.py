@@ -16,7 +16,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from edgemoa.core import limits
 from edgemoa.core.events import EngineInfo, Job, TokenLogprob, WorkDone, WorkFailed
@@ -24,7 +24,10 @@ from edgemoa.core.messages import ChatMessage
 from edgemoa.core.rates import Rates
 from edgemoa.engine import frames
 from edgemoa.engine.tuning import Tuning
-from edgemoa.errors import EngineError, InvalidPromptError, PromptTooLongError, UserError
+from edgemoa.errors import EngineError, InvalidPromptError, UserError
+
+T = TypeVar("T", frames.Scored, frames.Embedded)
+V = TypeVar("V")
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ CHECK_S: Final = 30.0  # for a schema to be checked: a second of processor time,
 
 MAX_UNREAD_BYTES: Final = 64 * limits.MIB  # that the process is behind with reading
 _READ_BYTES: Final = 65536
-_KEPT_CHECKS: Final = 64
+_KEPT_CHECKS: Final = 64  # of schemas that can be obeyed, and as many of those that cannot
 _MAX_LOG_BYTES: Final = 65536  # of one process
 _KEPT_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 
@@ -121,10 +124,11 @@ class Engine:
         self._reads_ahead = False  # whether the process can use what would be read
         self._ahead: set[str] = set()  # of whom it was told what to read
         self._calls: dict[int, asyncio.Future[int]] = {}
-        self._scores: dict[int, asyncio.Future[tuple[frames.Likelihood, ...]]] = {}
+        self._asked: dict[int, asyncio.Future[frames.Scored | frames.Embedded]] = {}
         self._last_call = 0
         self._checking = asyncio.Lock()
         self._checked: dict[bytes, None] = {}  # schemas that can be obeyed
+        self._refused: dict[bytes, str] = {}  # and those that cannot: why
         self._quiet_s = 0.0  # since the last word of a process that has something to do
         self._verdict = ""  # why the process is about to end, where that is known
 
@@ -160,7 +164,7 @@ class Engine:
         except (EngineError, InvalidPromptError) as error:
             if self._ready_at is not None and self._is_down:
                 return  # the process has just died, and ``on_lost`` is on its way
-            failure = frames.Failed(job.job_id, WorkFailed(str(error)))
+            failure = frames.Failed(job.job_id, frames.failure(error))
             asyncio.get_running_loop().call_soon(self._handle, failure)
 
     def cancel(self, job_id: int) -> None:
@@ -216,42 +220,87 @@ class Engine:
                 f"{len(candidates)} candidates are too many; {limits.MAX_CANDIDATES} are scored at"
                 " a time."
             )
+        score = frames.Score(self._new_id(), messages, tuple(candidates))
+        return (await self._ask(score, frames.Scored)).scores
+
+    async def embed(self, texts: Sequence[str]) -> frames.Embedded:
+        """A vector for each of the texts, in their order; :mod:`edgemoa.engine.embed` says what of
+        the model it is.
+
+        Waits, is cancelled and fails as :meth:`score` does: :class:`InvalidPromptError` for what is
+        empty, too much at a time or no text, :class:`PromptTooLongError` for a text that does not
+        fit in the model's context, :class:`ModelInvalidError` where the model cannot do it, and
+        :class:`EngineError`.
+        """
+        if not texts or not all(texts):
+            raise InvalidPromptError("There is nothing to embed: a text is empty.")
+        if len(texts) > limits.MAX_EMBEDDED:
+            raise InvalidPromptError(
+                f"{len(texts)} texts are too many; {limits.MAX_EMBEDDED} are embedded at a time."
+            )
+        size_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+        if size_bytes > limits.MAX_PROMPT_BYTES:
+            raise InvalidPromptError(
+                f"The texts have {size_bytes} bytes; {limits.MAX_PROMPT_BYTES} are embedded at a"
+                " time."
+            )
+        told = await self._ask(frames.Embed(self._new_id(), tuple(texts)), frames.Embedded)
+        if len(told.embeddings) != len(texts):
+            raise EngineError("The model process did not answer what it was asked.")
+        return told
+
+    def _new_id(self) -> int:
+        """Of what takes a slot and is no job."""
         self._last_call += 1
-        job_id = -self._last_call
-        answer: asyncio.Future[tuple[frames.Likelihood, ...]]
+        return -self._last_call
+
+    async def _ask(self, work: frames.Score | frames.Embed, kind: type[T]) -> T:
+        answer: asyncio.Future[frames.Scored | frames.Embedded]
         answer = asyncio.get_running_loop().create_future()
-        self._send(frames.Score(job_id, messages, tuple(candidates)))
-        self._scores[job_id] = answer
+        self._send(work)
+        self._asked[work.job_id] = answer
         try:
-            return await answer
+            told = await answer
         finally:
-            del self._scores[job_id]
+            del self._asked[work.job_id]
             if answer.cancelled():
                 with suppress(EngineError):  # down, and the job with it
-                    self._send(frames.Cancel(job_id))
+                    self._send(frames.Cancel(work.job_id))
+        if not isinstance(told, kind):
+            raise EngineError("The model process did not answer what it was asked.")
+        return told
 
     async def check_schema(self, schema: str) -> None:
         """See whether an answer can be held to a JSON schema, in a process of its own, one at a
         time: some schemas take time and memory without end.
 
-        Raises :class:`UserError` for one that does, or that cannot be obeyed, and
-        :class:`EngineError` where schemas cannot be checked here.
+        What came of it is remembered, so that asking again costs nothing. Raises
+        :class:`UserError` for one that does, or that cannot be obeyed, and :class:`EngineError`
+        where schemas cannot be checked here.
         """
         digest = hashlib.sha256(schema.encode()).digest()
-        async with self._checking:
-            if digest in self._checked:
-                return
-            status, said = await _run_check(schema.encode())
+        refused = self._refused.get(digest, "")
+        if not refused and digest not in self._checked:
+            async with self._checking:
+                refused = await self._check(schema.encode(), digest)
+        if refused:
+            raise UserError(refused, hint="use another one")
+
+    async def _check(self, schema: bytes, digest: bytes) -> str:
+        """Why a schema cannot be obeyed; empty where it can."""
+        if digest in self._checked or digest in self._refused:  # while this one waited
+            return self._refused.get(digest, "")
+        status, said = await _run_check(schema)
         if status == EngineError.exit_code:
             raise EngineError(said, hint="Install edgemoa again, with its dependencies.")
+        if status == -signal.SIGKILL:  # not by its own limits
+            raise EngineError("The JSON schema could not be checked: its check was killed.")
         if status:
-            raise UserError(
-                said or "The JSON schema takes too much time or memory to be made a grammar of",
-                hint="use another one",
-            )
-        self._checked[digest] = None
-        if len(self._checked) > _KEPT_CHECKS:
-            del self._checked[next(iter(self._checked))]  # the oldest
+            said = said or "The JSON schema takes too much time or memory to be made a grammar of"
+            _remember(self._refused, digest, said)
+            return said
+        _remember(self._checked, digest, None)
+        return ""
 
     # --- the life of the processes
 
@@ -342,7 +391,10 @@ class Engine:
         while True:
             await asyncio.sleep(tick_s)
             loading = self._ready_at is None
-            busy = loading or self._jobs or self._calls or self._scores
+            busy = loading or self._jobs or self._calls or self._asked or self._ahead
+            if self._ahead:  # which the process may have done, and it would say nothing by itself
+                with suppress(EngineError):  # down
+                    self._send(frames.Ping())
             self._quiet_s = self._quiet_s + tick_s if busy else 0.0
             if self._quiet_s >= (self._load_s if loading else self._hang_s):
                 doing = "loading the model" if loading else "at work"
@@ -357,8 +409,10 @@ class Engine:
         log.warning("model process lost: %s", reason)
         self._tune_s = 0.0  # whatever ended it, the next one is to be ready
         if self._ready_at is None and self._provider != "cpu":
+            # For good: each try of what does not even load could take as long as LOAD_S.
             self._fallen_back = (
-                f"model.provider {self._provider} cannot be used, the CPU is: {reason}"
+                f"model.provider {self._provider} cannot be used, the CPU is until edgemoa is"
+                f" started again: {reason}"
             )
             self._provider = "cpu"
             log.warning("%s", self._fallen_back)
@@ -370,7 +424,7 @@ class Engine:
         self._ready_at = None
         self._jobs.clear()
         self._ahead.clear()
-        waiting: list[asyncio.Future[Any]] = [*self._calls.values(), *self._scores.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._calls.values(), *self._asked.values()]
         for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineError(reason))
@@ -432,13 +486,11 @@ class Engine:
                 if job_id in self._jobs:
                     self._jobs.discard(job_id)
                     self._events.on_failed(job_id, failure)
-                elif (scores := self._scores.get(job_id)) is not None and not scores.done():
-                    long = failure.code == "context"
-                    kind = PromptTooLongError if long else EngineError
-                    scores.set_exception(kind(failure.reason))
-            case frames.Scored(job_id, told):
-                if (scores := self._scores.get(job_id)) is not None and not scores.done():
-                    scores.set_result(told)
+                elif (asked := self._asked.get(job_id)) is not None and not asked.done():
+                    asked.set_exception(frames.error_of(failure))
+            case frames.Scored(job_id) | frames.Embedded(job_id):
+                if (asked := self._asked.get(job_id)) is not None and not asked.done():
+                    asked.set_result(event)
             case frames.Measured(call_id, tokens, refused):
                 answer = self._calls.get(call_id)
                 if answer is None or answer.done():
@@ -458,7 +510,7 @@ class Engine:
             " room for %d",
             ready.load_ms, ready.backend, ready.slots, ready.context_tokens, ready.budget_tokens,
         )  # fmt: skip
-        self.note = ready.note or self._fallen_back
+        self.note = f"{self._fallen_back} {ready.note}".strip()
         if ready.note:
             log.warning("%s", ready.note)
         self._tune_s = 0.0
@@ -535,6 +587,12 @@ async def _log_lines(stream: asyncio.StreamReader) -> None:
         for line in data[:room].decode(errors="replace").splitlines():
             log.debug("model process: %s", line)
         room -= min(room, len(data))
+
+
+def _remember(kept: dict[bytes, V], digest: bytes, value: V) -> None:
+    kept[digest] = value
+    if len(kept) > _KEPT_CHECKS:
+        del kept[next(iter(kept))]  # the oldest
 
 
 def _report_failure(task: asyncio.Task[None]) -> None:

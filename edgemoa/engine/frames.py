@@ -13,11 +13,18 @@ from typing import Annotated, Final, Generic, TypeAlias, TypeVar
 import msgspec
 
 from edgemoa.core import limits
-from edgemoa.core.events import TokenLogprob, Wishes, WorkDone, WorkFailed
+from edgemoa.core.events import FailureCode, TokenLogprob, Wishes, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Count, Millis, Sampling
 from edgemoa.core.rates import Rates
 from edgemoa.engine.tuning import Tuning
-from edgemoa.errors import EngineError, InvalidPromptError
+from edgemoa.errors import (
+    EdgemoaError,
+    EngineError,
+    InvalidPromptError,
+    ModelInvalidError,
+    PromptTooLongError,
+    SchemaError,
+)
 
 _LENGTH_BYTES: Final = 4
 
@@ -71,7 +78,28 @@ class Score(msgspec.Struct, frozen=True, tag="score"):
     ]
 
 
-Op: TypeAlias = Generate | Cancel | Measure | ReadAhead | Score
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """Make a vector of each text; see :mod:`edgemoa.engine.embed`. It takes its turn as a
+    :class:`Score` does."""
+
+    job_id: int
+    texts: Annotated[
+        tuple[
+            Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_PROMPT_BYTES)],
+            ...,
+        ],
+        msgspec.Meta(min_length=1, max_length=limits.MAX_EMBEDDED),
+    ]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Say :class:`Progress`, between two steps like everything else."""
+
+
+Work: TypeAlias = Generate | Score | Embed
+"""What takes a slot."""
+
+Op: TypeAlias = Work | Cancel | Measure | ReadAhead | Ping
 
 
 # --- from the model process
@@ -142,6 +170,30 @@ class Scored(msgspec.Struct, frozen=True, tag="scored"):
     scores: tuple[Likelihood, ...]
 
 
+class Embedding(msgspec.Struct, frozen=True):
+    """A text's vector, of length 1, as float32 (little-endian); and how many tokens were read."""
+
+    vector: Annotated[bytes, msgspec.Meta(min_length=4, max_length=4 * limits.MAX_DIMENSIONS)]
+    tokens: Count
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """The answer to :class:`Embed`, a vector for each text. Where there is none: ``Failed``."""
+
+    job_id: int
+    embeddings: tuple[Embedding, ...]
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers of each vector."""
+        return len(self.embeddings[0].vector) // 4
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts together, that were read."""
+        return sum(each.tokens for each in self.embeddings)
+
+
 class Pace(msgspec.Struct, frozen=True, tag="pace"):
     """How fast the model has been so far. Said now and then, beside other news."""
 
@@ -152,12 +204,35 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """A model step was finished. Said now and then between steps, by the thread that makes them."""
 
 
-Event: TypeAlias = Ready | Broken | Text | Done | Failed | Measured | Progress | Pace | Scored
+End: TypeAlias = Done | Failed | Scored | Embedded
+"""The last word on what took a slot, which is free."""
+
+Event: TypeAlias = Ready | Broken | Text | End | Measured | Progress | Pace
 
 T = TypeVar("T")
 
+_CODES: Final[dict[FailureCode, type[EdgemoaError]]] = {
+    "context": PromptTooLongError,
+    "prompt": InvalidPromptError,
+    "schema": SchemaError,
+    "model": ModelInvalidError,
+}
+
 _OPS: Final = msgspec.msgpack.Decoder(Op)
 _EVENTS: Final = msgspec.msgpack.Decoder(Event)
+
+
+def failure(error: Exception) -> WorkFailed:
+    """Why a job failed, for whoever asked for it."""
+    codes = [code for code, kind in _CODES.items() if isinstance(error, kind)]
+    hint = error.hint if isinstance(error, ModelInvalidError) else ""
+    reason = f"{error} {hint}".strip() or "No room in memory."
+    return WorkFailed(reason, codes[0] if codes else "engine")
+
+
+def error_of(failed: WorkFailed) -> EdgemoaError:
+    """The error that :func:`failure` was made of, or as good."""
+    return _CODES.get(failed.code, EngineError)(failed.reason)
 
 
 def encode(frame: Op | Event) -> bytes:

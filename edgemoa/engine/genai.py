@@ -27,9 +27,9 @@ from edgemoa.engine.answer import (
     find_chunk,
     load_reader,
 )
-from edgemoa.engine.frames import Done, Event, Failed, Generate, Score
+from edgemoa.engine.frames import Done, Event, Failed, Generate, Work, failure
 from edgemoa.engine.sampling import Sampler
-from edgemoa.errors import EngineError, ModelInvalidError
+from edgemoa.errors import EngineError, ModelInvalidError, SchemaError
 from edgemoa.text.files import IMPORT_AGAIN
 from edgemoa.text.settings import CONFIG, read_config
 
@@ -60,14 +60,18 @@ class GenaiBackend:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
         return len(self._reader.read(messages))
 
-    def admit(self, job: Generate | Score) -> bool:
+    def admit(self, job: Work) -> bool:
         """Make ``job`` the one that :meth:`step` works on.
 
-        Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, or :class:`EngineError`
-        where there is no memory for it, and for texts to score.
+        Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, :class:`SchemaError`,
+        :class:`EngineError` where there is no memory for it, and :class:`ModelInvalidError` for
+        texts to score or to embed.
         """
-        if isinstance(job, Score):
-            raise EngineError("The genai back end does not score texts.", hint=IMPORT_AGAIN)
+        if not isinstance(job, Generate):
+            raise ModelInvalidError(
+                "The genai back end, which runs this model, does not score or embed texts.",
+                hint='Import the model with edgemoa, and set model.backend to "auto".',
+            )
         prompt = self._reader.read(job.messages)
         limit = self._reader.limit(prompt, job.sampling)
         answer = Answer(job, self._reader, prompt, limit, ends_loops=self._ends_loops)
@@ -98,8 +102,8 @@ class GenaiBackend:
                 return []
             events = answer.pick(self._generator.get_logits()[0, -1])
             self._unfed = [answer.last]
-        except EngineError as error:
-            events = [Failed(answer.job.job_id, WorkFailed(str(error)))]
+        except (EngineError, SchemaError) as error:
+            events = [Failed(answer.job.job_id, failure(error))]
         except (RuntimeError, MemoryError) as error:
             reason = f"The model failed: {cause(error)}"
             events = [Failed(answer.job.job_id, WorkFailed(reason))]

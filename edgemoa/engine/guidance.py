@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from edgemoa.errors import EdgemoaError, EngineError, UserError
+from edgemoa.errors import EdgemoaError, EngineError, SchemaError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,24 +73,24 @@ class Guide:
     def allowed(self) -> npt.NDArray[np.bool_]:
         """Which tokens may come next [size].
 
-        Raises :class:`EngineError` where that takes too much, or nothing may.
+        Raises :class:`SchemaError` where that takes too much, or nothing may.
         """
         import numpy as np  # noqa: PLC0415 - see above
 
         if not self._look() and not (self._renew() and self._look()):
-            raise EngineError(_TOO_COMPLEX)
+            raise SchemaError(_TOO_COMPLEX)
         return np.unpackbits(self._bytes, bitorder="little", count=self._size).view(np.bool_)
 
     def push(self, token: int) -> bool:
         """Take note of the token that was picked; True where the text is complete with it, and
         nothing can follow.
 
-        Raises :class:`EngineError` for a token that was not allowed.
+        Raises :class:`SchemaError` for a token that was not allowed.
         """
         if not self._matcher.consume_token(token) and not (
             self._renew() and self._matcher.consume_token(token)
         ):
-            raise EngineError(_TOO_COMPLEX)
+            raise SchemaError(_TOO_COMPLEX)
         self._written.append(token)
         return bool(self._matcher.is_stopped())
 

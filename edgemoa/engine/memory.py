@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -51,25 +52,41 @@ def total_bytes(proc: Path = _PROC, groups: Path = _GROUPS) -> int:
     return min(totals)
 
 
-def release_files(folder: Path) -> None:
-    """Leave to the kernel what this process has mapped of the folder's files and not changed: what
-    is asked for once more is mapped again. onnxruntime maps weights, copies most of them into an
-    order of its own, and keeps both.
-    """
-    libc, folder = ctypes.CDLL(None), folder.resolve()
-    start = size = 0
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A part of a file that this process has mapped, and not changed."""
+
+    file: Path
+    address: int
+    size: int
+
+
+def mapped_files() -> list[Mapped]:
+    """All of these, libraries included, but no devices."""
+    found: list[Mapped] = []
     try:
         lines = (_PROC / "self" / "smaps").read_text(errors="replace").splitlines()
-    except OSError:  # only a saving
-        return
+    except OSError:  # only for savings
+        return found
+    mapped: Mapped | None = None
     for line in lines:
-        if found := _MAPPING.fullmatch(line):
-            start, end = int(found[1], 16), int(found[2], 16)
-            size = end - start if Path(found[3]).parent == folder else 0
+        if parts := _MAPPING.fullmatch(line):
+            start, end, name = int(parts[1], 16), int(parts[2], 16), parts[3]
+            is_file = name.startswith("/") and not name.startswith("/dev/")
+            mapped = Mapped(Path(name), start, end - start) if is_file else None
         elif line.startswith("Anonymous:") and line.split()[1] != "0":
-            size = 0  # changed
-        elif size and line.split() == ["Swap:", "0", "kB"]:  # not even before it was swapped out
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_DONTNEED)
+            mapped = None  # changed
+        elif mapped and line.split() == ["Swap:", "0", "kB"]:  # not even before it was swapped out
+            found.append(mapped)
+    return found
+
+
+def release(parts: Iterable[Mapped]) -> None:
+    """Leave to the kernel what is in memory of parts that are mapped still, and not changed to this
+    day: what is asked for once more is mapped again."""
+    libc = ctypes.CDLL(None)
+    for part in parts:
+        libc.madvise(ctypes.c_void_p(part.address), ctypes.c_size_t(part.size), _MADV_DONTNEED)
 
 
 def _machine(proc: Path, wanted: str) -> int:

@@ -16,14 +16,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from edgemoa.engine.answer import SPIN_US, cause
+from edgemoa.engine.answer import CHUNKS, SPIN_US, cause
 from edgemoa.engine.cache import Cache
 from edgemoa.engine.drafts import MOST
+from edgemoa.engine.memory import Mapped, release
 from edgemoa.errors import EngineError
 from edgemoa.text.files import RAGGED_GRAPH
 from edgemoa.text.settings import Config
@@ -33,12 +34,19 @@ LOGITS_BYTES: Final = 16 << 20  # of one run, or one token of each row; a token 
 MOST_EACH: Final = 1 + MOST
 """Tokens that a row may have in a run with other rows; with more, a run is for one row."""
 
+RELEASE_TOKENS: Final = 128
+"""Tokens after which tables of weights are given back: for the row of each, the kernel maps 64 KB
+and more around it. Of SmolLM2's 28 MB, 23 were in memory after 1,900 tokens; to map them again
+takes less than .2 % of the time."""
+
 _LEAST_PLACES: Final = 2
 _MOST_PLANS: Final = 64
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _LONG: Final = ("input_ids", "row_tokens", "token_places", "wanted")
 _SHORT: Final = ("query_seqlens", "seqlens_k", "total_sequence_length")
+_LOGITS_WANTED: Final = "logits_wanted"
 
+_Asked = Literal["last", "every", "hidden"]
 Numbers = npt.NDArray[np.int64]
 
 
@@ -48,23 +56,29 @@ class UnsuitedError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    """A run's shape: ``places`` of each row; inputs, in arrays that stay where they are; where the
-    logits are written."""
+    """A run's shape: ``places`` of each row; inputs, in arrays that stay where they are; and where
+    outputs are written, of which the first was asked for."""
 
     places: list[int]
     inputs: dict[str, npt.NDArray[Any]]
-    logits: npt.NDArray[np.float32]
+    outputs: dict[str, npt.NDArray[np.float32]]
 
 
 class Graph:
     """A loaded graph. ``doubles`` says whether a run of a single token reads it twice: kernels
     differ for one and for several on some machines."""
 
-    def __init__(self, session: Any, config: Config, rows: int) -> None:
-        """Raises :class:`UnsuitedError` for a graph that takes or gives anything else, and
+    def __init__(
+        self, session: Any, config: Config, rows: int, tables: Sequence[Mapped] = ()
+    ) -> None:
+        """:param tables: weights that are read a row for each token, as long as the session lives.
+
+        Raises :class:`UnsuitedError` for a graph that takes or gives anything else, and
         :class:`EngineError` where there is not even the address space for the cache."""
         decoder = config.model.decoder
         self._session = session
+        self._tables = tables
+        self._looked_up = 0  # tokens, since the tables were given back
         inputs = {each.name: each for each in session.get_inputs()}
         outputs = {each.name: each for each in session.get_outputs()}
         self._past = [name for name in inputs if _PAST.fullmatch(name)]
@@ -83,6 +97,8 @@ class Graph:
             )
             and outputs["logits"].type == "tensor(float)"
             and outputs["logits"].shape[::2] == [1, self.vocabulary]
+            and outputs["hidden"].type == "tensor(float)"
+            and isinstance(outputs["hidden"].shape[2], int)
         )
         if not fits:
             raise UnsuitedError("its graph has other inputs or outputs")
@@ -92,8 +108,14 @@ class Graph:
         self.most_logits = max(LOGITS_BYTES // (4 * self.vocabulary), rows)
         self.doubles = False
         self._logits = np.empty((self.most_logits, self.vocabulary), np.float32)
-        self._plans: dict[tuple[tuple[int, ...], bool, bool], _Plan] = {}
-        self._bindings: dict[tuple[int, int], tuple[Any, _Plan]] = {}
+        # Graphs of an earlier version compute the logits of all whose hidden states they give.
+        optional = {each.name for each in session.get_overridable_initializers()}
+        self._can_spare_logits = _LOGITS_WANTED in optional
+        self.most_hidden = CHUNKS[0] + 1 if self._can_spare_logits else self.most_logits
+        self.width: int = outputs["hidden"].shape[2]
+        self._hidden = np.empty((self.most_hidden, self.width), np.float32)
+        self._plans: dict[tuple[tuple[int, ...], _Asked, bool], _Plan] = {}
+        self._bindings: dict[tuple[int, int, bool], tuple[Any, _Plan]] = {}
 
     def run(
         self,
@@ -110,7 +132,24 @@ class Graph:
         (``most_logits`` at most), are good until the next run. Raises :class:`EngineError` where
         onnxruntime fails.
         """
-        plan = self._plan(tuple(map(len, tokens)), every)
+        return self._run(first, tokens, starts, "every" if every else "last")
+
+    def hidden(self, row: int, tokens: Numbers, start: int) -> npt.NDArray[np.float32]:
+        """Read tokens into a row, ``most_hidden`` at most, behind the ``start`` that it has.
+
+        What the head is given for each of them [n, width], final norm included, is good until the
+        next run. Raises :class:`EngineError` where onnxruntime fails.
+        """
+        return self._run(row, [tokens], [start], "hidden")
+
+    def _run(
+        self,
+        first: int,
+        tokens: Sequence[Sequence[int] | Numbers],
+        starts: Sequence[int],
+        asked: _Asked,
+    ) -> npt.NDArray[np.float32]:
+        plan = self._plan(tuple(map(len, tokens)), asked)
         ids = [token for each in tokens for token in each]
         plan.inputs["input_ids"][:] = ids  # one of them fills both places of a pair
         lengths = [start + count for start, count in zip(starts, plan.places, strict=True)]
@@ -121,16 +160,21 @@ class Graph:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own derive from nothing in particular
             raise EngineError(f"The model failed: {cause(error)}") from error
-        return plan.logits
+        self._looked_up += len(ids)
+        if self._looked_up >= RELEASE_TOKENS:
+            self._looked_up = 0
+            release(self._tables)
+        return next(iter(plan.outputs.values()))
 
-    def _plan(self, counts: tuple[int, ...], every: bool) -> _Plan:
+    def _plan(self, counts: tuple[int, ...], asked: _Asked) -> _Plan:
         """What is the same for all runs of so many tokens in each row."""
-        key = counts, every, self.doubles
+        key = counts, asked, self.doubles
         plan = self._plans.get(key)
         if plan is not None:
             return plan
         total = sum(counts)
-        wanted = np.arange(total) if every else np.cumsum([n for n in counts if n]) - 1
+        last = np.cumsum([n for n in counts if n]) - 1
+        wanted = last if asked == "last" else np.arange(total)
         if total == 1 and self.doubles:
             counts, total = tuple(2 * count for count in counts), 2
         places = [max(count, _LEAST_PLACES) if count else 0 for count in counts]
@@ -151,14 +195,22 @@ class Graph:
             "seqlens_k": np.empty(len(counts), np.int32),
             "total_sequence_length": np.empty((), np.int32),
         }
+        outputs = {"logits": self._logits[: len(wanted)]}
+        if asked == "hidden":
+            if self._can_spare_logits:  # but for one: not every head can be given nothing
+                inputs[_LOGITS_WANTED] = np.ones(1, np.int64)
+                outputs["logits"] = self._logits[:1]
+            # Both: onnxruntime would take memory of its own for logits that have no place.
+            outputs = {"hidden": self._hidden[: len(wanted)], **outputs}
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
-        plan = self._plans[key] = _Plan(places, inputs, self._logits[: len(wanted)])
+        plan = self._plans[key] = _Plan(places, inputs, outputs)
         return plan
 
     def _binding(self, first: int, rows: int, plan: _Plan) -> Any:
         """Rows of the cache as past and present of a run, and the rest by a plan."""
-        binding, bound = self._bindings.get((first, rows), (None, None))
+        key = first, rows, "hidden" in plan.outputs
+        binding, bound = self._bindings.get(key, (None, None))
         if binding is None:
             binding = self._session.io_binding()
             shape = (rows, *self.cache.shape)
@@ -169,9 +221,10 @@ class Graph:
         if bound is not plan:
             for name, array in plan.inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-            shape = (1, *plan.logits.shape)
-            binding.bind_output("logits", "cpu", 0, np.float32, shape, plan.logits.ctypes.data)
-            self._bindings[first, rows] = binding, plan
+            for name, array in plan.outputs.items():
+                shape = (1, *array.shape)
+                binding.bind_output(name, "cpu", 0, np.float32, shape, array.ctypes.data)
+            self._bindings[key] = binding, plan
         return binding
 
 
@@ -186,6 +239,7 @@ def load_session(model_dir: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
+    options.enable_mem_pattern = False  # a plan of a run's memory: 5 MB more, and no faster
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

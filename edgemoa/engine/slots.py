@@ -25,7 +25,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.core.rates import Meter
 from edgemoa.engine import drafts
@@ -39,17 +38,29 @@ from edgemoa.engine.answer import (
     load_reader,
 )
 from edgemoa.engine.drafts import Drafts
-from edgemoa.engine.frames import Done, Event, Failed, Generate, Score, Scored
-from edgemoa.engine.memory import available_bytes, release_files
+from edgemoa.engine.embed import Embedder, embedder
+from edgemoa.engine.frames import (
+    Done,
+    Embed,
+    Event,
+    Failed,
+    Generate,
+    Score,
+    Scored,
+    Work,
+    failure,
+)
+from edgemoa.engine.memory import available_bytes, mapped_files, release
 from edgemoa.engine.ragged import Graph, UnsuitedError, load_session
 from edgemoa.engine.sampling import Sampler
 from edgemoa.engine.score import Scoring, scoring
-from edgemoa.errors import EngineError, ModelInvalidError
+from edgemoa.errors import EngineError, ModelInvalidError, SchemaError
 from edgemoa.text.files import IMPORT_AGAIN
 from edgemoa.text.settings import CONFIG, read_config
 
 MOST_SLOTS: Final = 4  # unless the settings say otherwise
 MEMORY_SHARE: Final = 0.5  # of what is available when the model is loaded, for keys and values
+TABLE_BYTES: Final = 1 << 20  # at least, to be worth giving back now and then
 LEAST_SLOT_TOKENS: Final = 1024  # a slot more is not worth it where memory holds fewer for it
 
 WORTH_REUSING: Final = 8  # tokens: a prefill step saved
@@ -71,7 +82,7 @@ class _Slot:
     written: list[int] = field(default_factory=list)
     length: int = 0
     drafts: Drafts | None = None
-    answer: Answer | Scoring | None = None
+    answer: Answer | Scoring | Embedder | None = None
     worst: int = 0  # tokens, at the end of the job
     used: int = 0  # when it was last given a job; of two, the later has more
     ahead: str = ""  # without a job: the prompt is read ahead of the one that goes by this key
@@ -94,6 +105,10 @@ class _Slot:
     @property
     def scoring(self) -> bool:
         return isinstance(self.answer, Scoring) and self.read == len(self.prompt)
+
+    @property
+    def embedding(self) -> bool:
+        return isinstance(self.answer, Embedder)
 
     def shares(self, prompt: npt.NDArray[np.int64]) -> int:
         """How many tokens that ``prompt`` begins with are there already.
@@ -138,16 +153,21 @@ class SlotsBackend:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
         return len(self._reader.read(messages))
 
-    def admit(self, job: Generate | Score) -> bool:
+    def admit(self, job: Work) -> bool:
         """Give ``job`` a slot; False where other jobs may come to need the memory for it.
 
-        Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, or :class:`EngineError`
-        where there is no memory for it.
+        Raises :class:`PromptTooLongError`, :class:`InvalidPromptError`, :class:`SchemaError`, or
+        :class:`EngineError` where there is no memory for it.
         """
-        prompt = self._reader.read(job.messages)
-        if isinstance(job, Score):
-            scores = self._scoring(job, prompt)
-            limit = scores.longest
+        # Texts to embed have nothing in common that could be kept.
+        prompt = [] if isinstance(job, Embed) else self._reader.read(job.messages)
+        answer: Answer | Scoring | Embedder
+        if isinstance(job, Embed):
+            answer = self._embedder(job)
+            limit = answer.longest
+        elif isinstance(job, Score):
+            answer = self._scoring(job, prompt)
+            limit = answer.longest
         else:
             limit = self._reader.limit(prompt, job.sampling)
         worst = len(prompt) + limit
@@ -158,9 +178,7 @@ class SlotsBackend:
             )
         if worst + sum(slot.worst for slot in self._jobs) > self.budget_tokens:
             return False
-        if isinstance(job, Score):
-            answer: Answer | Scoring = scores
-        else:
+        if isinstance(job, Generate):
             answer = Answer(job, self._reader, prompt, limit, ends_loops=self._ends_loops)
         tokens = np.array(prompt, np.int64)
         slot, source = self._choose(tokens)
@@ -186,6 +204,9 @@ class SlotsBackend:
     def _scoring(self, job: Score, prompt: list[int]) -> Scoring:
         return scoring(job, self._reader.tokens, len(prompt), self.context_tokens)
 
+    def _embedder(self, job: Embed) -> Embedder:
+        return embedder(job, self._reader.tokens, self._graph.width, self.context_tokens)
+
     def drop(self, job_id: int) -> None:
         """Free the job's slot; what was read of its prompt stays there."""
         for slot in self._jobs:
@@ -202,9 +223,12 @@ class SlotsBackend:
     def step(self) -> list[Event]:
         """A chunk of the oldest prompt that is not read yet, and a token for every job whose is."""
         events: list[Event] = []
-        reading = next((slot for slot in self._jobs if slot.reading or slot.scoring), None)
+        reading = next(
+            (slot for slot in self._jobs if slot.reading or slot.scoring or slot.embedding), None
+        )
         if reading is not None:
-            events += self._guarded([reading], self._score if reading.scoring else self._read)
+            work = self._score if reading.scoring else self._read
+            events += self._guarded([reading], self._embed if reading.embedding else work)
         elif self._owed_s <= 0 or not self._jobs:
             self._read_some_ahead()
         writing = [slot for slot in self._jobs if slot.writing]
@@ -311,7 +335,7 @@ class SlotsBackend:
         """Read the next chunk of a slot's prompt, and pick a token at its end."""
         started_s = time.perf_counter()
         (slot,) = slots
-        assert slot.answer is not None  # noqa: S101 - else it does not read
+        assert isinstance(slot.answer, Answer | Scoring)  # noqa: S101 - else it does not read
         if slot.length == slot.answer.cached_tokens:  # its first chunk
             slot.answer.begin()
             source = max(self._slots, key=lambda each: each.shares(slot.prompt))
@@ -422,11 +446,32 @@ class SlotsBackend:
             self._free(slot)
         return events
 
+    def _embed(self, slots: list[_Slot]) -> list[Event]:
+        """Read the next chunk of a slot's texts, and let those that came meanwhile go first: there
+        may be much to read, and who asks for it waits for the last of it anyway."""
+        started_s = time.perf_counter()
+        (slot,) = slots
+        assert isinstance(slot.answer, Embedder)  # noqa: S101 - else it does not embed
+        stretch = slot.answer.next(min(self.chunk_tokens + 1, self._graph.most_hidden))
+        if stretch.start == 0:  # in place of the text before
+            self._keep(slot, 0)
+        slot.length = stretch.end  # also where the run fails, for what it may have written
+        hidden = self._graph.hidden(self._row(slot), stretch.tokens, stretch.start)
+        events = slot.answer.take(stretch, hidden)
+        seconds = time.perf_counter() - started_s
+        slot.answer.model_s += seconds
+        self.meter.observe_prefill(len(stretch.tokens), stretch.start, 1000 * seconds)
+        self._jobs.remove(slot)
+        self._jobs.append(slot)
+        if events:
+            self._free(slot)
+        return events
+
     def _pick(self, slot: _Slot, logits: npt.NDArray[np.float32]) -> list[Event]:
-        assert slot.answer is not None  # noqa: S101 - else nothing is picked for it
+        assert isinstance(slot.answer, Answer | Scoring)  # noqa: S101 - else nothing is picked
         try:
             events = slot.answer.pick(logits)
-        except (EngineError, MemoryError) as error:
+        except (EngineError, SchemaError, MemoryError) as error:
             return self._fail(slot, error)
         if events and isinstance(events[-1], Done | Scored):
             self._free(slot)
@@ -435,7 +480,7 @@ class SlotsBackend:
     def _fail(self, slot: _Slot, error: Exception) -> list[Event]:
         if slot.answer is None:
             return []
-        failed = Failed(slot.answer.job.job_id, WorkFailed(str(error) or "No room in memory."))
+        failed = Failed(slot.answer.job.job_id, failure(error))
         self._free(slot)
         self._keep(slot, 0)  # whatever lies there is not to be trusted
         return [failed]
@@ -553,7 +598,11 @@ def load(
         raise UnsuitedError("its keys and values cannot stay in one place")
     reader = load_reader(model_dir, config.model.context_length)
     session = load_session(model_dir, threads)
-    release_files(model_dir)
+    # onnxruntime has copied most weights into an order of its own, and keeps both. What it reads
+    # of those that stay as they are is a row of a table for each token.
+    release(mapped := mapped_files())
+    folder = model_dir.resolve()
+    tables = [part for part in mapped if part.file.parent == folder and part.size >= TABLE_BYTES]
     decoder = config.model.decoder
     token_bytes = 8 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_size
     budget = (memory_mb << 20 or int(available_bytes() * MEMORY_SHARE)) // token_bytes
@@ -561,9 +610,10 @@ def load(
         slots = max(1, min(most_slots, budget // LEAST_SLOT_TOKENS))
     budget = min(budget, slots * config.model.context_length)
     try:
-        graph = Graph(session, config, max(slots, _ROWS))
+        graph = Graph(session, config, max(slots, _ROWS), tables)
     except (EngineError, MemoryError) as error:
         raise UnsuitedError(cause(error).rstrip(".")) from error
     backend = SlotsBackend(graph, reader, slots, budget, ends_loops=ends_loops)
     backend.warm_up()
+    release(mapped_files())  # of libraries, two thirds were for the start alone
     return backend

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -113,6 +112,9 @@ def this_board(
 
 
 def _version(package: str) -> str:
+    # 2 MB of modules: not in the model process, which imports this one for its structs.
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from edgemoa.core import limits
-from edgemoa.core.events import WorkFailed
 from edgemoa.core.messages import ChatMessage
 from edgemoa.core.rates import Meter
 from edgemoa.engine import frames
 from edgemoa.engine.load import Wish, load
 from edgemoa.engine.tuning import Tuning
-from edgemoa.errors import EdgemoaError, EngineError, PromptTooLongError
+from edgemoa.errors import EdgemoaError, EngineError
 
 NICENESS: Final = 5  # the daemon beside it answers the network, and has to stay quick
 OOM_SCORE: Final = 500  # of 1000: out of memory, the kernel ends this process before the daemon
@@ -63,7 +62,7 @@ class Backend(Protocol):
     def count(self, messages: tuple[ChatMessage, ...]) -> int:
         """The conversation's tokens, chat template included; raises :class:`EdgemoaError`."""
 
-    def admit(self, job: frames.Generate | frames.Score) -> bool:
+    def admit(self, job: frames.Work) -> bool:
         """Take a job into a free slot; False where memory for it is there only when another job
         has ended. Raises :class:`EdgemoaError` where it cannot be done at all."""
 
@@ -77,7 +76,7 @@ class Backend(Protocol):
         """Bring admitted jobs forward by a run of the model or two, of ``STEP_GOAL_MS`` or so;
         where there is time, read ahead.
 
-        A job's ``Done``, ``Failed`` or ``Scored`` frees its slot.
+        A job's :data:`~edgemoa.engine.frames.End` frees its slot.
         """
 
     @property
@@ -129,7 +128,7 @@ class Worker:
     def __init__(self, backend: Backend, pipe: Pipe) -> None:
         self._backend = backend
         self._pipe = pipe
-        self._waiting: deque[frames.Generate | frames.Score] = deque()
+        self._waiting: deque[frames.Work] = deque()
         self._running: set[int] = set()
         self._full = False  # the first that waits has to wait until another ends
         self._said_at = 0.0
@@ -148,7 +147,7 @@ class Worker:
 
     def _handle(self, op: frames.Op) -> None:
         match op:
-            case frames.Generate() | frames.Score():
+            case frames.Generate() | frames.Score() | frames.Embed():
                 self._waiting.append(op)
             case frames.Cancel(job_id):
                 self._waiting = deque(job for job in self._waiting if job.job_id != job_id)
@@ -165,26 +164,23 @@ class Worker:
             case frames.ReadAhead(key, messages):
                 with suppress(EdgemoaError):  # whoever asks for that prompt will hear of it
                     self._backend.read_ahead(key, messages)
+            case frames.Ping():
+                self._pipe.send([frames.Progress()])
 
-    def _admit(self, job: frames.Generate | frames.Score) -> None:
+    def _admit(self, job: frames.Work) -> None:
         try:
             if not self._backend.admit(job):
                 self._full = True
                 return
-        except PromptTooLongError as error:
-            self._refuse(job, WorkFailed(str(error), "context"))
         except EdgemoaError as error:
-            self._refuse(job, WorkFailed(str(error)))
+            self._pipe.send([frames.Failed(job.job_id, frames.failure(error))])
         else:
             self._running.add(job.job_id)
         self._waiting.popleft()
 
-    def _refuse(self, job: frames.Generate | frames.Score, failure: WorkFailed) -> None:
-        self._pipe.send([frames.Failed(job.job_id, failure)])
-
     def _report(self, events: list[frames.Event]) -> None:
         for event in events:
-            if isinstance(event, frames.Done | frames.Failed | frames.Scored):
+            if isinstance(event, frames.End):
                 self._running.discard(event.job_id)
                 self._full = False
         now = time.monotonic()

@@ -17,6 +17,8 @@ that a row has:
   that the row has with them, less one; ``total_sequence_length`` int32 []: most tokens of any row
 - ``wanted`` int64 [wanted], one at least: the tokens that ``logits`` [1, wanted, vocabulary] and
   ``hidden`` [1, wanted, hidden] (what the head is given) are computed for
+- ``logits_wanted`` int64 [1], which may be left out, one at least: ``logits`` of so many of them
+  alone. The head is a fifth to two thirds of what a small model computes for a token
 
 A text gives the same bits in any pieces and company, as long as each row that has new tokens has
 two places in use: for one, onnxruntime takes another kernel. So a single token is given twice; the
@@ -51,6 +53,7 @@ from edgemoa.models.blocks import BLOCK, Format, added_blocks
 OPSET: Final = 21
 MICROSOFT: Final = "com.microsoft"
 ALIGNMENT: Final = 64  # a cache line: kernels may read weights in place
+LOGITS_WANTED: Final = "logits_wanted"
 INT8_ACTIVATIONS: Final = 4  # accuracy_level of MatMulNBits: the fast path on CPUs
 
 
@@ -194,7 +197,7 @@ class _Graph:
         hidden = self._wanted("wanted.hidden", hidden)
         residual = self._wanted("wanted.residual", residual)
         self._add_norm("hidden", hidden, residual, d.final_norm)
-        self._products("head", "hidden", (d.head,), "logits")
+        self._products("head", self._first_wanted("hidden"), (d.head,), "logits")
         return self._model()
 
     # --- parts
@@ -224,6 +227,14 @@ class _Graph:
         """The tokens whose logits are asked for."""
         which = "wanted" if self.ragged else self._constant([-1])
         return self._node("Gather", [x, which], name, axis=1)
+
+    def _first_wanted(self, x: str) -> str:
+        """Of those, as many as the head is to be computed for: all, unless told."""
+        if not self.ragged:
+            return x
+        most = self._array(LOGITS_WANTED, np.array([np.iinfo(np.int64).max]))
+        ends = [self._constant([0]), most, self._constant([1])]
+        return self._node("Slice", [x, *ends], f"{x}.wanted")
 
     def _embed(self) -> str:
         matrix = self.decoder.embedding
@@ -514,9 +525,10 @@ class _Graph:
                 info("seqlens_k", short, ["rows"]),
                 info("total_sequence_length", short, []),
                 info("wanted", long, ["wanted"]),
+                info(LOGITS_WANTED, long, [1]),  # has a value of its own, as an initializer
             ]
             outputs = [
-                info("logits", number, [1, "wanted", sizes.vocabulary]),
+                info("logits", number, [1, "logits_wanted", sizes.vocabulary]),
                 info("hidden", number, [1, "wanted", sizes.hidden]),
             ]
         else:

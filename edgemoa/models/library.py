@@ -55,7 +55,7 @@ from edgemoa.models.progress import Progress, printable, silent
 
 MANIFEST: Final = "model.json"
 MANIFEST_FORMAT: Final = 1
-IMPORTER_VERSION: Final = 7  # raise it when the same GGUF gives other files
+IMPORTER_VERSION: Final = 8  # raise it when the same GGUF gives other files
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LOCKS: Final = ".locks"
 STAGING: Final = ".staging"

@@ -4,7 +4,9 @@ any text."""
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -340,6 +342,26 @@ def test_a_template_that_refuses_is_not_asked_twice(four: SlotsBackend, bench: B
     with pytest.raises(InvalidPromptError):
         four.read_ahead("request", (ChatMessage("user", "x" * 1_100_000),))
     assert not any(slot.ahead for slot in four._slots)
+
+
+def test_a_process_that_hangs_over_what_it_reads_ahead_is_replaced(smollm2: Path) -> None:
+    async def scenario() -> None:
+        async with running(smollm2, threads=2, backend="slots", slots=2, hang_s=0.8) as (
+            engine,
+            events,
+        ):
+            engine.read_ahead("request", begun(1))
+            await asyncio.sleep(1.7)  # done with it, but for saying so when it is asked
+            assert not events.lost
+            used_s = cpu_s(pid_of(engine))
+            await asyncio.sleep(1)
+            assert cpu_s(pid_of(engine)) - used_s <= 0.02
+            os.kill(pid_of(engine), signal.SIGSTOP)
+            assert "said nothing" in await events.loses()
+            await events.loads(2)
+            assert engine._ahead == set()
+
+    asyncio.run(scenario())
 
 
 def test_a_process_reads_ahead_and_then_rests(smollm2: Path, tiny: Path) -> None:

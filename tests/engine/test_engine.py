@@ -75,9 +75,9 @@ def test_what_cannot_be_asked_is_refused_and_the_process_lives(tiny: Path) -> No
             for each, text in ((10, "\ud800"), (11, "a" * (limits.MAX_PROMPT_BYTES + 1))):
                 engine.work(job(each, text))
                 assert each not in events.failed  # not from inside the call
-                assert (await events.fails(each)).code == "engine"
+                assert (await events.fails(each)).code == "prompt"
             engine.work(job(2, "refuse"))
-            assert (await events.fails(2)).code == "engine"
+            assert (await events.fails(2)).code == "prompt"
             engine.work(job(3, "nan!"))
             failure = await events.fails(3)
             assert (failure.code, failure.reason) == (
@@ -349,6 +349,23 @@ def test_a_process_that_hangs_while_it_loads_is_replaced(tiny: Path) -> None:
             os.kill(pid_of(engine), signal.SIGSTOP)
             assert "while loading" in await events.loses()
             await events.loads()
+
+    asyncio.run(scenario())
+
+
+def test_a_provider_that_takes_the_process_along_is_not_tried_again(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with running(tiny, provider="webgpu", load=False) as (engine, events):
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await events.loads()
+            said = "webgpu cannot be used, the CPU is until edgemoa is started again: The model"
+            assert said in engine.note
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await events.loads(2)
+            assert said in engine.note
+            assert caplog.text.count(said) == 1
 
     asyncio.run(scenario())
 

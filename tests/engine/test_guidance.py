@@ -14,14 +14,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgemoa.core.events import Job, Wishes
+from edgemoa.core.events import Job, Wishes, WorkFailed
 from edgemoa.core.messages import Sampling
-from edgemoa.engine import genai, slots
+from edgemoa.engine import engine as engine_module
+from edgemoa.engine import genai, guidance, slots
 from edgemoa.engine.answer import Answer, Reader, load_reader
 from edgemoa.engine.engine import Engine
-from edgemoa.engine.frames import Done, Event, Generate, Text
+from edgemoa.engine.frames import Done, Event, Failed, Generate, Text
 from edgemoa.engine.guidance import check_schema
-from edgemoa.errors import EngineError, UserError
+from edgemoa.errors import EngineError, SchemaError, UserError
 
 from .harness import Recorder, conversation, pid_of, process_file, running
 
@@ -226,7 +227,7 @@ def test_without_the_library_the_answer_is_refused(
 
 
 def test_in_the_models_process_no_error_quotes_the_schema(reader: Reader) -> None:
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(SchemaError) as raised:
         reader.guide('{"type": "string", "format": "canary"}')
     assert "canary" not in str(raised.value)
 
@@ -249,6 +250,82 @@ def test_schemas_are_checked_where_they_can_do_no_harm(tmp_path: Path) -> None:
                 await engine.check_schema(json.dumps(schema))
 
     asyncio.run(scenario())
+
+
+def test_what_was_found_of_a_schema_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks again, many at a time or not, costs no further child."""
+    checked: list[bytes] = []
+    really = engine_module._run_check
+
+    async def run_check(schema: bytes) -> tuple[int, str]:
+        checked.append(schema)
+        return await really(schema)
+
+    async def scenario() -> None:
+        engine = Engine(tmp_path, "model", 1, Recorder())
+        endless, bad = json.dumps(ENDLESS[0]), '{"type": "string", "format": "x"}'
+        asked = (engine.check_schema(each) for each in (endless, bad, SCHEMA) * 3)
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        assert [str(each) for each in told[:3]] == [str(each) for each in told[3:6]]
+        assert [type(each) for each in told[:3]] == [UserError, UserError, type(None)]
+        assert "too much time" in str(told[0])
+        assert "Unknown format: x" in str(told[1])
+        assert len(checked) == 3
+        monkeypatch.setattr(engine_module, "_KEPT_CHECKS", 2)
+        for number in range(3):
+            with pytest.raises(UserError):
+                await engine.check_schema(f'{{"not": {number}}}')
+        assert (len(engine._refused), len(engine._checked)) == (2, 1)  # neither for the other
+        await engine.check_schema(SCHEMA)
+        assert len(checked) == 6
+
+    monkeypatch.setattr(engine_module, "_run_check", run_check)
+    asyncio.run(scenario())
+
+
+def test_a_check_that_others_ended_says_nothing_of_the_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, the kernel kills whom it will."""
+    really = asyncio.create_subprocess_exec
+
+    async def killed(*arguments: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await really(*arguments, **options)
+        process.kill()
+        return process
+
+    async def scenario() -> None:
+        engine = Engine(tmp_path, "model", 1, Recorder())
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio, "create_subprocess_exec", killed)
+            with pytest.raises(EngineError, match="killed"):
+                await engine.check_schema(SCHEMA)
+        await engine.check_schema(SCHEMA)
+
+    asyncio.run(scenario())
+
+
+def test_a_schema_that_takes_too_much_in_the_middle_ends_its_answer_alone(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guidance, "_MAX_STATES", 320)
+    wishes = Wishes(schema='{"type": "string", "minLength": 200, "maxLength": 999}')
+    for backend in (slots.load(smollm2, 2, 2), genai.load(smollm2, 2)):
+        events: list[Event] = []
+        free = Generate(2, QUESTION, Sampling(max_tokens=90), stream=True)
+        held = Generate(1, QUESTION, Sampling(max_tokens=90), True, wishes)
+        for job in (held, free)[: backend.slots]:
+            assert backend.admit(job)
+        for _ in range(120):
+            events += backend.step()
+        (failed,) = (event for event in events if isinstance(event, Failed))
+        assert failed == Failed(1, WorkFailed(guidance._TOO_COMPLEX, "schema"))
+        assert any(isinstance(event, Text) and event.job_id == 1 for event in events)
+        done = [event.job_id for event in events if isinstance(event, Done)]
+        assert done == [2][: backend.slots - 1]
+        assert backend.admit(Generate(3, QUESTION, Sampling(max_tokens=2), stream=True))
 
 
 # --- probabilities
@@ -349,7 +426,9 @@ def test_the_model_writes_what_the_schema_says(smollm2: Path) -> None:
             engine.work(Job(10, "aggregation", QUESTION, Sampling(), True, bad))
             while 10 not in events.failed:
                 await events._change()
-            assert events.failed[10].reason == "The answer's JSON schema cannot be obeyed."
+            assert events.failed[10] == WorkFailed(
+                "The answer's JSON schema cannot be obeyed.", code="schema"
+            )
             engine.work(Job(11, "proposal", QUESTION, Sampling(max_tokens=4), stream=True))
             await events.ends(11)
 

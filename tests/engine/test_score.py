@@ -15,7 +15,12 @@ from edgemoa.engine import genai, ragged, slots
 from edgemoa.engine.answer import load_reader
 from edgemoa.engine.frames import Generate, Likelihood, Score, Scored
 from edgemoa.engine.slots import SlotsBackend
-from edgemoa.errors import EngineError, InvalidPromptError, PromptTooLongError
+from edgemoa.errors import (
+    EngineError,
+    InvalidPromptError,
+    ModelInvalidError,
+    PromptTooLongError,
+)
 from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.perplexity import Scorer
@@ -165,7 +170,7 @@ def test_what_cannot_be_scored(llama: Path, smollm2: Path) -> None:
     with pytest.raises(EngineError, match="memory"):
         backend.admit(Score(-1, conversation(PROMPT), (fitting,)))
     assert not backend._jobs
-    with pytest.raises(EngineError, match="does not score"):
+    with pytest.raises(ModelInvalidError, match="does not score or embed"):
         genai.load(smollm2, 1).admit(Score(-1, conversation(PROMPT), ("a",)))
 
 
