@@ -193,6 +193,10 @@ def read_certificate(der: bytes) -> bytes:
         if len(certificate.extensions) > 1 or {certificate.subject, certificate.issuer} != {name}:
             raise ProtocolError("not a board's certificate")
         certificate.verify_directly_issued_by(certificate)
+        # The one part that the signature does not cover is its own frame: how many bits of the
+        # last byte do not count. One certificate has one encoding.
+        if not der.endswith(b"\x03\x41\x00" + certificate.signature):
+            raise ProtocolError("not a valid certificate")
     except _NOT_A_CERTIFICATE:
         raise ProtocolError("not a valid certificate") from None
     return key.public_bytes_raw()
