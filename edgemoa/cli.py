@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgemoa import __version__
-from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError, UserError
+from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(devices)
 
-    from edgemoa import cli_bench, cli_model
+    from edgemoa import cli_bench, cli_model, cli_plan, cli_sim
 
     bench = _command(commands, "bench", _bench, "measure how fast this board runs its model")
     cli_bench.add_arguments(bench)
@@ -132,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--check", metavar="FILE", help="only say whether FILE is valid")
 
     sim = _command(commands, "sim", _sim, "simulate a group of boards on a virtual clock")
-    _sim_options(sim)
+    cli_sim.add_arguments(sim)
+
+    plan = _command(commands, "plan", _plan, "what boards can carry, and how fast they answer")
+    cli_plan.add_arguments(plan)
 
     cli_model.add_parser(commands)
     return parser
@@ -384,69 +387,16 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sim_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--boards", type=_count(1, 1000), default=4, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=600.0, help="virtual (default: 600)")
-    parser.add_argument(
-        "--rate", type=float, default=0.05, help="prompts per second and board (default: 0.05)"
-    )
-    parser.add_argument("--layers", "-M", type=_count(0, 8), default=1, help="default: 1")
-    parser.add_argument("--proposers", "-k", type=_count(0, 16), default=2, help="default: 2")
-    parser.add_argument(
-        "--service",
-        type=_service_times,
-        default=(1.0,),
-        metavar="S[,S...]",
-        help="mean service time in seconds, dealt out to the boards in turn (default: 1)",
-    )
-    parser.add_argument("--loss", type=float, default=0.0, help="share of datagrams lost")
-    parser.add_argument("--crashes", type=float, default=0.0, help="per board and hour")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed, the same run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _service_times(text: str) -> tuple[float, ...]:
-    times = tuple(float(part) for part in text.split(","))
-    if not all(0 < time_s < 86_400 for time_s in times):
-        raise argparse.ArgumentTypeError("must be positive")
-    return times
-
-
 def _sim(arguments: argparse.Namespace) -> int:
-    import statistics
-    from dataclasses import asdict
+    from edgemoa import cli_sim
 
-    from edgemoa.sim.world import Scenario, World
+    return cli_sim.run(arguments)
 
-    in_range = (
-        0 <= arguments.rate <= 1_000
-        and 0 <= arguments.loss < 1
-        and 0 < arguments.seconds <= 1_000_000
-        and 0 <= arguments.crashes <= 3_600
-    )
-    if not in_range:
-        raise UserError("a rate, share or time is out of range", hint="see `edgemoa sim --help`")
-    scenario = Scenario(
-        boards=arguments.boards,
-        seconds=arguments.seconds,
-        prompts_per_s=arguments.rate,
-        layers=arguments.layers,
-        proposers=arguments.proposers,
-        service_s=arguments.service,
-        loss=arguments.loss,
-        crashes_per_s=arguments.crashes / 3600,
-    )
-    outcome = World(scenario, arguments.seed).run()
-    told = asdict(outcome)
-    latency_ms = sorted(told.pop("latency_ms"))
-    told["latency_ms_mean"] = round(statistics.fmean(latency_ms)) if latency_ms else None
-    told["latency_ms_p95"] = latency_ms[len(latency_ms) * 95 // 100] if latency_ms else None
-    if arguments.json:
-        print(json.dumps(told))
-    else:
-        for key, value in told.items():
-            print(f"{key:16} {round(value, 3) if isinstance(value, float) else value}")
-    return 0
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_plan
+
+    return cli_plan.run(arguments)
 
 
 def _prompt(text: str) -> str:

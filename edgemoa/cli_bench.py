@@ -17,15 +17,29 @@ from edgemoa.errors import BoardError, EdgemoaError, EngineError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
+    from edgemoa.core.events import WorkDone
+    from edgemoa.core.messages import ChatMessage, Sampling
     from edgemoa.engine.load import Wish
     from edgemoa.engine.tuning import Tuning
     from edgemoa.engine.worker import Backend
     from edgemoa.models.library import ModelLibrary
+    from edgemoa.sim.recording import Sample
 
 PROMPT_TOKENS = 500
 CONTEXTS = (64, 1000)
 TUNING_S = 40.0
 ASKING_S = 2.0  # for a daemon to say that it runs
+RECORDING_S = 240.0  # for usual jobs; the question that is on is finished
+PROPOSALS = 3  # for each question
+JOB = 2**31  # no other job that is measured has that number
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Give me three ideas for a quick dinner with lentils.",
+    "Explain to a child how a bicycle stays upright.",
+    "Write a short note to my neighbours about noise on Saturday night.",
+    "What should I look at when I buy a used car?",
+    "How do I find out which process is using a port on Linux?",
+)
 
 
 class Prefill(msgspec.Struct, frozen=True):
@@ -67,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="find the best number of threads and of jobs at a time, and keep it for the daemon",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="also write what `edgemoa sim --board` and `edgemoa plan --board` read: speeds, and"
+        " what a few usual jobs take",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -110,7 +131,10 @@ def run(arguments: argparse.Namespace, config: Config, library: ModelLibrary) ->
         _print_tuning(told if arguments.json else None, found, state_dir / tuning.FILE)
         return 0
     threads = model.threads or (kept.threads if kept else tuning.cores())
-    figures = _measure(model.name, replace(wish, threads=threads))
+    figures, backend = _measure(model.name, replace(wish, threads=threads))
+    if arguments.record is not None:
+        slots = model.slots or (kept.slots if kept else figures.slots)
+        _record(arguments.record, config.board.name, model.name, slots, backend)
     if arguments.json:
         said = {**msgspec.to_builtins(figures), "tuning": msgspec.to_builtins(kept)}
         print(json.dumps(said))
@@ -172,7 +196,7 @@ def _cannot_import(error: ImportError) -> EngineError:
     )
 
 
-def _measure(name: str, wish: Wish) -> Figures:
+def _measure(name: str, wish: Wish) -> tuple[Figures, Backend]:
     try:
         from edgemoa.engine.load import load
         from edgemoa.engine.measure import MOST_JOBS, Gauge
@@ -195,7 +219,7 @@ def _measure(name: str, wish: Wish) -> Figures:
             decode.append(Decode(jobs, context, None if rate is None else round(rate, 1)))
             jobs *= 2
     memory_mb, peak_mb = _memory_mb()
-    return Figures(
+    figures = Figures(
         model=name,
         backend=backend.name,
         note=note,
@@ -209,6 +233,73 @@ def _measure(name: str, wish: Wish) -> Figures:
         prefill=tuple(prefill),
         decode=tuple(decode),
     )
+    return figures, backend
+
+
+def _record(file: Path, board: str, model: str, slots: int, backend: Backend) -> None:
+    """Write what the simulator needs to know of this board."""
+    import socket
+
+    from edgemoa.sim.recording import VERSION, Recording, write_recording
+
+    samples = _samples(backend)
+    name = board or socket.gethostname()
+    write_recording(
+        file,
+        Recording(VERSION, name[:64], model[:64], slots, backend.meter.rates(), tuple(samples)),
+    )
+    _say(f"recorded in {file}")
+
+
+def _samples(backend: Backend) -> list[Sample]:
+    """Usual jobs, one at a time: proposals for a few questions, and answers made of those."""
+    from edgemoa.core.messages import BoardId, ChatMessage, Sampling
+    from edgemoa.core.moa import Draft, Room, Synthesis, Write
+    from edgemoa.core.node import PROPOSAL_TOP_P, NodeSettings
+    from edgemoa.sim.recording import Sample
+
+    settings = NodeSettings("", 0)
+    most = settings.proposal_max_tokens
+    deadline_s = time.perf_counter() + RECORDING_S
+    samples: list[Sample] = []
+    for number, question in enumerate(QUESTIONS):
+        if samples and time.perf_counter() > deadline_s:
+            break
+        _say(f"answering usual question {number + 1} of {len(QUESTIONS)}")
+        asked = (ChatMessage("user", question),)
+        drafts = []
+        for seed in range(PROPOSALS):
+            how = Sampling(most, settings.proposal_temperature if seed else 0, PROPOSAL_TOP_P, seed)
+            done = _job(backend, asked, how)
+            samples.append(Sample("proposal", done.prompt_tokens, done.tokens, _least(done)))
+            drafts.append(
+                Draft.of(BoardId(str(seed)), done.text, done.tokens, done.finish, own=False)
+            )
+        room = Room(max(backend.context_tokens - 2 * most, 0))
+        written = Synthesis().conclude(asked, [each for each in drafts if each.text], room)
+        if isinstance(written, Write) and written.drafts:
+            done = _job(backend, written.messages, Sampling(most))
+            samples.append(Sample("aggregation", done.prompt_tokens, done.tokens, _least(done)))
+    return samples
+
+
+def _least(done: WorkDone) -> float:
+    return max(float(done.model_ms), 1.0)
+
+
+def _job(backend: Backend, messages: tuple[ChatMessage, ...], how: Sampling) -> WorkDone:
+    """One job by itself, from its beginning to its end."""
+    from edgemoa.engine.frames import Done, Failed, Generate
+
+    backend.forget()  # as for a prompt that nobody has asked before
+    if not backend.admit(Generate(JOB, messages, how, stream=False)):
+        raise EngineError("The model's memory has no room for a usual job.")
+    while True:
+        for event in backend.step():
+            if isinstance(event, Done):
+                return event.result
+            if isinstance(event, Failed):
+                raise EngineError(f"The model fails: {event.failure.reason}")
 
 
 def sizes(backend: Backend, wanted: tuple[int, ...] = (PROMPT_TOKENS,)) -> list[int]:

@@ -117,6 +117,21 @@ class Moa(Section, frozen=True):
     layer_deadline_s: Annotated[
         int, Meta(ge=1, le=86_400, description="a layer goes on without what is late")
     ] = 120
+    aggregator: Annotated[
+        Literal["owner", "auto", "strongest"],
+        Meta(
+            description="who writes the answer: this board, as a stream; auto: a peer where that is"
+            " much faster, in one piece; or always the strongest board"
+        ),
+    ] = "owner"
+    promise_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=86_400,
+            description="a prompt is accepted with a plan that can be expected to be done by then",
+        ),
+    ] = 300
     deadline_s: Annotated[
         int, Meta(ge=1, le=86_400, description="a prompt is answered or refused within this time")
     ] = 600
@@ -137,15 +152,39 @@ class Moa(Section, frozen=True):
 
 
 class Queue(Section, frozen=True):
-    """Bounds of this board's queue."""
+    """Bounds of this board's queue, beside those that follow from what is measured on it."""
 
     own_requests: Annotated[
-        int,
-        Meta(ge=1, le=limits.MAX_OWN_REQUESTS, description="prompts of its own at a time"),
-    ] = 16
+        int | Literal["auto"],
+        Meta(description="prompts of its own at a time, at most; auto: `edgemoa status` shows it"),
+    ] = "auto"
     peer_jobs: Annotated[
-        int, Meta(ge=0, le=limits.MAX_PEER_JOBS, description="peers' jobs waiting or running")
-    ] = 32
+        int | Literal["auto"],
+        Meta(
+            description="peers' jobs waiting or running, at most; 0: it works for its own user"
+            " alone"
+        ),
+    ] = "auto"
+    memory_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 16,
+            description="for prompts and proposals, half for its own and half for peers'; 0: an"
+            " eighth of what is available at the start, 64 at most",
+        ),
+    ] = 0
+    pick: Annotated[
+        Literal["shortest", "capacity", "uniform"],
+        Meta(
+            description="which peers are asked: those that would be done first, of a few; by what"
+            " they have to spare; or any"
+        ),
+    ] = "shortest"
+    own_proposal: Annotated[
+        Literal["auto", "always"],
+        Meta(description="auto: this board leaves proposing to its peers where it is much slower"),
+    ] = "auto"
 
 
 class Net(Section, frozen=True):
@@ -296,6 +335,17 @@ def _check_relations(config: Config) -> None:
             f"{config.moa.proposers} proposers and the owner",
             hint="lower moa.quorum, or 0 to wait for all",
         )
+    for name, most in (
+        ("own_requests", limits.MAX_OWN_REQUESTS),
+        ("peer_jobs", limits.MAX_PEER_JOBS),
+    ):
+        bound = getattr(config.queue, name)
+        least = 1 if name == "own_requests" else 0
+        if bound != "auto" and not least <= bound <= most:
+            raise ConfigError(
+                f"queue.{name} = {bound} is not possible",
+                hint=f'from {least} to {most}, or "auto"',
+            )
     if config.moa.layer_deadline_s > config.moa.deadline_s:
         raise ConfigError(
             "moa.layer_deadline_s is longer than moa.deadline_s",

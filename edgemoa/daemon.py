@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random, SystemRandom
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, Literal, TypeGuard
 
 import msgspec
 
@@ -44,6 +44,7 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
+from edgemoa.core.load import Learned
 from edgemoa.core.messages import BoardId, ChatMessage, Message
 from edgemoa.core.moa import Synthesis
 from edgemoa.core.node import Node, NodeSettings
@@ -51,6 +52,7 @@ from edgemoa.core.rates import Rates
 from edgemoa.core.status import snapshot
 from edgemoa.engine import tuning
 from edgemoa.engine.engine import Engine
+from edgemoa.engine.memory import available_bytes
 from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelLibrary, read_manifest
@@ -67,6 +69,8 @@ STOP_GRACE_S: Final = 20.0  # to finish what runs, after SIGTERM
 PEER_MODELS_S: Final = 8.0  # for a paired board to say what it lends
 ASKED_AT_A_TIME: Final = 16
 LAG_PROBE_S: Final = 0.05
+LEARNED_KEPT_EVERY_S: Final = 1_800.0  # a storage card wears out
+MOST_QUEUE_BYTES: Final = 64 * limits.MIB
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
 
@@ -92,6 +96,7 @@ class Daemon:
         self._probing = False
         self._board: tuning.Board
         self._engine_trouble = ""  # why there is no model process, while there is none
+        self._learned: Learned | None = None  # as it was kept last
         self._node: Node
         self._network: Network
         self._engine: Engine
@@ -156,15 +161,23 @@ class Daemon:
         settings = NodeSettings(
             name=name,
             boot=boot,
-            own_requests=config.queue.own_requests,
-            peer_jobs=config.queue.peer_jobs,
+            own_requests=_bound(config.queue.own_requests),
+            peer_jobs=_bound(config.queue.peer_jobs),
+            queue_bytes=_queue_bytes(config.queue.memory_mb),
+            promise_ms=config.moa.promise_s * 1000,
+            pick=config.queue.pick,
+            own_proposal=config.queue.own_proposal,
+            aggregator=config.moa.aggregator,
+            answer_max_tokens=config.moa.max_tokens,
+            learned=await asyncio.to_thread(self._recall, store),
             quorum=config.moa.quorum,
             layer_deadline_ms=config.moa.layer_deadline_s * 1000,
             proposal_max_tokens=config.moa.proposal_max_tokens,
             proposal_temperature=config.moa.proposal_temperature,
             strategy=strategy,
         )
-        self._node = Node(identity.board_id, settings, Random(chance.getrandbits(64)))
+        rng = Random(chance.getrandbits(64))
+        self._node = Node(identity.board_id, settings, rng, self._now_ms())
         api = Api(self, config.socket_path(), config.api.socket_mode)
         await api.start()
         stack.push_async_callback(api.stop)
@@ -174,6 +187,9 @@ class Daemon:
         await self._engine.start()
         self._engine_started.set()
         stack.callback(self._last_words)
+        stack.push_async_callback(self._remember, store)
+        keeping = asyncio.create_task(self._keep_learning(store))
+        stack.callback(keeping.cancel)
         self._tell(self._node.tick)
         if self._stop_at_eof:
             await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
@@ -197,6 +213,32 @@ class Daemon:
             tuning.keep(self._config.state_dir(), self._board, found)
         except EdgemoaError as error:
             log.warning("what was measured is not kept", extra={"reason": str(error)})
+
+    def _recall(self, store: Store) -> Learned | None:
+        """What this board learned of its speed before. Blocks on the disk."""
+        kept = store.learned(self._config.model.name)
+        try:
+            return None if kept is None else msgspec.json.decode(kept, type=Learned)
+        except msgspec.DecodeError:
+            log.warning("what was learned before cannot be read; it is learned anew")
+            return None
+
+    async def _keep_learning(self, store: Store) -> None:
+        """Now and then: what a power cut takes away is learned again within minutes."""
+        while True:
+            await asyncio.sleep(LEARNED_KEPT_EVERY_S)
+            await self._remember(store)
+
+    async def _remember(self, store: Store) -> None:
+        learned = self._node.learned()
+        if learned is None or learned == self._learned:
+            return
+        self._learned = learned
+        try:
+            data = msgspec.json.encode(learned)
+            await asyncio.to_thread(store.learn, learned.model, data)
+        except EdgemoaError as error:
+            log.warning("what was learned is not kept", extra={"reason": str(error)})
 
     # --- the node and its effects
 
@@ -325,7 +367,7 @@ class Daemon:
 
     def refusal(self) -> Failed | None:
         """See :class:`edgemoa.api.server.Service`."""
-        return self._node.refusal()
+        return self._node.refusal(self._now_ms())
 
     def new_request_id(self) -> str:
         """See :class:`edgemoa.api.server.Service`."""
@@ -523,6 +565,17 @@ def notify(*lines: str) -> None:
             sock.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
         except OSError as error:
             log.warning("systemd was not reached", extra={"reason": error.strerror})
+
+
+def _bound(setting: int | Literal["auto"]) -> int | None:
+    return None if setting == "auto" else setting
+
+
+def _queue_bytes(memory_mb: int) -> int:
+    """What prompts and proposals may take up here."""
+    if memory_mb:
+        return memory_mb * limits.MIB
+    return min(available_bytes() // 8, MOST_QUEUE_BYTES)
 
 
 def _strategy(config: Config) -> Synthesis:

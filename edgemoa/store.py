@@ -1,4 +1,5 @@
-"""What must survive a power cut: whom this board trusts, and how often it has started.
+"""What must survive a power cut: whom this board trusts, and how often it has started. Beside
+that, what it has learned of its own speed.
 
 One SQLite database in the state directory. Changes of trust are on the disk (``synchronous=FULL``)
 before the call returns; hints such as the last address seen may be lost in a power cut. The
@@ -26,7 +27,7 @@ from edgemoa.core.messages import BoardId
 from edgemoa.errors import DiskFullError, StateError
 
 FILE_NAME: Final = "edgemoa.db"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _BOOT_RANDOM_BITS: Final = 21
 _SCHEMA: Final = (
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
@@ -37,6 +38,9 @@ _SCHEMA: Final = (
     " addresses TEXT NOT NULL) STRICT",
     "CREATE TABLE revoked (id TEXT PRIMARY KEY) STRICT",
 )
+# What each version added to the one before.
+_CHANGES: Final = {2: ("CREATE TABLE learned (model TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",)}
+MAX_LEARNED: Final = 16  # models whose speed is remembered
 
 Address = tuple[str, int]
 """IP address as text, and port."""
@@ -150,6 +154,23 @@ class Store:
                 (name, _addresses(addresses), board),
             )
 
+    def learned(self, model: str) -> bytes | None:
+        """What was kept by :meth:`learn`."""
+        with self._transaction(durable=False) as database:
+            row = database.execute("SELECT data FROM learned WHERE model = ?", (model,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def learn(self, model: str, data: bytes) -> None:
+        """Keep what is known of the board's speed with a model. A power cut may undo it."""
+        with self._transaction(durable=False) as database:
+            database.execute("DELETE FROM learned WHERE model = ?", (model,))
+            database.execute("INSERT INTO learned VALUES (?, ?)", (model, data))
+            database.execute(
+                "DELETE FROM learned WHERE rowid NOT IN"
+                " (SELECT rowid FROM learned ORDER BY rowid DESC LIMIT ?)",
+                (MAX_LEARNED,),
+            )
+
     def _prepare(self, database: sqlite3.Connection) -> None:
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute("PRAGMA journal_mode = WAL")
@@ -163,7 +184,10 @@ class Store:
         if version == 0:
             for statement in _SCHEMA:
                 database.execute(statement)
-            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        for later in range(version + 1, SCHEMA_VERSION + 1):
+            for statement in _CHANGES.get(later, ()):
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         database.execute("COMMIT")
 
     @contextlib.contextmanager

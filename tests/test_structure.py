@@ -32,9 +32,12 @@ ALLOWED = {
     "models": {"core", "errors", "text"},
     "api": {"core", "errors"},
     "shelf": {"errors", "models", "net"},
-    "sim": {"core"},
+    "sim": {"core", "errors"},
 }
-JOINS = {"daemon", "demo", "cli", "cli_model", "cli_bench", "cli_peer_models", "__main__"}
+JOINS = {
+    "daemon", "demo", "cli", "cli_model", "cli_bench", "cli_sim", "cli_plan", "cli_peer_models",
+    "__main__",
+}  # fmt: skip
 IMPURE = {
     "asyncio", "socket", "ssl", "threading", "time", "os", "logging", "subprocess", "select",
     "sqlite3", "pathlib", "datetime", "signal", "tempfile", "secrets", "numpy", "onnx",

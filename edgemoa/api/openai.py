@@ -70,6 +70,7 @@ class Extra(msgspec.Struct, forbid_unknown_fields=True):
     layers: Annotated[int, Meta(ge=0, le=limits.MAX_LAYERS)] | None = None
     proposers: Annotated[int, Meta(ge=0, le=limits.MAX_PROPOSERS)] | None = None
     deadline_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] | None = None
+    strict: bool = False  # refuse what cannot be had as it was asked for, instead of less
     events: bool = False  # stream what happens while the boards work
 
 

@@ -15,6 +15,7 @@ import re
 import secrets
 import socket
 import stat
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -45,6 +46,7 @@ from edgemoa.errors import (
     OverloadedError,
     PeerError,
     PromptTooLongError,
+    SchemaError,
     StateError,
     UserError,
 )
@@ -59,6 +61,7 @@ MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be 
 COPY_S: Final = 10.0  # for a client to take a piece of a copied file, of 64 KiB
 MAX_OFFSET: Final = 2**48  # that boards may name to each other
 
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _FILE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # as boards may name one
 _PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id:[0-9a-f]{64}}"
 _PEER_FILE: Final = _PEER_MODEL + "/{file:[^/]{1,128}}"
@@ -127,6 +130,8 @@ def failure(failed: Failed) -> EdgemoaError:
         return OverloadedError(
             failed.reason, hint=f"try again in {seconds} s", retry_after_s=seconds
         )
+    if failed.code == "schema_failed":
+        return SchemaError(failed.reason, hint="use a simpler schema, or none")
     kinds: dict[str, type[EdgemoaError]] = {
         "context_length_exceeded": PromptTooLongError,
         "engine_failed": EngineError,
@@ -146,6 +151,7 @@ class Api:
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._measuring: set[asyncio.Future[int]] = set()
+        self._checking = 0  # of these, with a schema that is still being checked
         self._copying: set[asyncio.Transport] = set()
 
     async def start(self) -> None:
@@ -307,6 +313,8 @@ class Api:
             sampling=sampling,
             deadline_ms=ask.edgemoa.deadline_ms or deadline_ms,
             wishes=wishes,
+            strict=ask.edgemoa.strict,
+            client=_client(http),
         )
         async with contextlib.aclosing(_Events(self._service.events(request))) as events:
             first = await events.next()
@@ -349,6 +357,9 @@ class Api:
             raise failure(refusal)
         if len(self._measuring) >= limits.MAX_MEASURING:
             raise OverloadedError("too many prompts arrive at a time", hint="try again in 1 s")
+        if schema and self._checking >= limits.MAX_CHECKING:
+            raise OverloadedError("too many schemas arrive at a time", hint="try again in 1 s")
+        self._checking += bool(schema)
         counting = asyncio.ensure_future(self._check(messages, schema))
         self._measuring.add(counting)
         counting.add_done_callback(self._measured)
@@ -359,7 +370,10 @@ class Api:
 
     async def _check(self, messages: tuple[ChatMessage, ...], schema: str) -> int:
         if schema:
-            await self._service.check_schema(schema)
+            try:
+                await self._service.check_schema(schema)
+            finally:
+                self._checking -= 1
         return await self._service.measure(messages)
 
     def _measured(self, counting: asyncio.Future[int]) -> None:
@@ -501,6 +515,16 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return web.Response(
         body=openai.encode(value), status=status, content_type="application/json", headers=headers
     )
+
+
+def _client(http: web.Request) -> str:
+    """The local application that asks, as the kernel knows it: user and process."""
+    connection = http.get_extra_info("socket")
+    if connection is None:
+        raise ConnectionResetError
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(data)
+    return f"{uid}:{pid}"
 
 
 def _error(error: EdgemoaError, status: int = 0) -> web.Response:

@@ -18,6 +18,11 @@ Finish: TypeAlias = Literal["stop", "length", "loop"]
 """Why a text ended: the model or a stop string, its limit, or because it only repeated itself."""
 
 
+FailureCode: TypeAlias = Literal["context", "prompt", "schema", "model", "engine"]
+"""What a failure is up to: the prompt is too long, or no text that this model reads; the answer
+cannot be held to its schema; this model cannot do such a job at all; or the engine failed."""
+
+
 class Wishes(msgspec.Struct, frozen=True):
     """What a user wishes of the answer's text, beyond how its tokens are picked.
 
@@ -63,6 +68,8 @@ class Request(msgspec.Struct, frozen=True):
     sampling: Sampling  # of the answer; proposals have their own
     deadline_ms: int  # from acceptance
     wishes: Wishes = Wishes()
+    strict: bool = False  # rather refused than answered with a smaller plan
+    client: str = ""  # which local application asks; each gets the same share of the board
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -102,7 +109,7 @@ class WorkFailed(msgspec.Struct, frozen=True):
     """A job that the engine could not do. ``reason`` never carries any of the prompt."""
 
     reason: str
-    code: Literal["context", "engine"] = "engine"
+    code: FailureCode = "engine"
 
 
 # --- effects
@@ -174,6 +181,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
     granted: Granted
     position: int
+    expected_ms: int = 0  # until the whole answer, as far as can be told
 
 
 class ProposalRecord(msgspec.Struct, frozen=True):
@@ -226,9 +234,11 @@ class LayerStarted(msgspec.Struct, frozen=True, tag="layer"):
 
 
 class Aggregating(msgspec.Struct, frozen=True, tag="aggregating"):
-    """The layers are done; the owner's model writes the answer of so many proposals."""
+    """The layers are done; the answer is written from so many proposals, by the owner's model or,
+    where it is named, by that of a stronger board."""
 
     proposals: int
+    board: str = ""
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
@@ -268,11 +278,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
         "engine_failed",
         "deadline_exceeded",
         "context_length_exceeded",
+        "schema_failed",
         "cancelled",
         "unavailable",
     ]
     reason: str
     retry_after_ms: int = 0
+    position: int = 0  # how many prompts were before it, where that is why
 
 
 RequestEvent: TypeAlias = (

@@ -48,6 +48,8 @@ MAX_PEER_JOBS: Final = 1024
 MAX_REMEMBERED_RESULTS: Final = 32  # answers to one board, kept to answer a repeated question
 MAX_PEER_JOB_MS: Final = 3_600_000  # a peer's job is dropped then, whatever its owner says
 MAX_CANDIDATES: Final = 32  # texts that are scored behind one prompt
+MAX_EMBEDDED: Final = 64  # texts that are embedded at a time; MAX_PROMPT_BYTES together
+MAX_DIMENSIONS: Final = 8192  # of a text's vector
 MAX_JOB_ATTEMPTS: Final = 2  # a request that the model process died on is tried once more
 
 # An answer's form
@@ -60,6 +62,7 @@ MAX_LOGPROBS: Final = 131_072  # of one answer, alternatives included: about 15 
 MAX_BODY_BYTES: Final = 1 * MIB
 MAX_API_CONNECTIONS: Final = 512
 MAX_MEASURING: Final = 8  # prompts whose tokens are being counted before they are accepted
+MAX_CHECKING: Final = 4  # of these, with a JSON schema that is checked first
 
 # The local socket to the model process
 MAX_WORKER_FRAME_BYTES: Final = 4 * MIB
@@ -68,8 +71,10 @@ MAX_WORKER_FRAME_BYTES: Final = 4 * MIB
 # not fit in a frame is trimmed before it is sent, so one board's share has to fit by itself.
 assert MAX_PROMPT_BYTES + MAX_PROPOSAL_BYTES < MAX_FRAME_BYTES
 assert MAX_DATAGRAM_BYTES < MAX_FRAME_BYTES <= MAX_WORKER_FRAME_BYTES
+assert MAX_EMBEDDED * 4 * MAX_DIMENSIONS < MAX_WORKER_FRAME_BYTES
 assert MAX_PROMPT_BYTES < MAX_BODY_BYTES
 assert MAX_PROPOSERS < MAX_GROUP_BOARDS
+assert MAX_CHECKING < MAX_MEASURING  # schemas, which take longer, do not keep prompts out
 # Sequences in flight must all fit in the receiver's window, or a late one looks like a repetition.
 assert MAX_IN_FLIGHT < REPLAY_WINDOW
 assert MAX_FRAME_BYTES < MAX_LINK_QUEUE_BYTES < MAX_OUTBOX_BYTES < MAX_ALL_OUTBOXES_BYTES

@@ -6,6 +6,7 @@ board is first not picked (``suspect``), then not waited for (``gone``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -65,11 +66,12 @@ class Membership:
     """The table of paired boards."""
 
     def __init__(self) -> None:
-        self.peers: dict[BoardId, Peer] = {}
+        self._peers: dict[BoardId, Peer] = {}
+        self.peers: Mapping[BoardId, Peer] = self._peers
 
     def pair(self, board: BoardId, name: str) -> None:
         """Know a board from now on."""
-        self.peers.setdefault(board, Peer(board, name)).name = name
+        self._peers.setdefault(board, Peer(board, name)).name = name
 
     def silence(self, board: BoardId) -> None:
         """Do not pick ``board`` any more, whatever was heard from it."""
@@ -78,7 +80,7 @@ class Membership:
 
     def unpair(self, board: BoardId) -> None:
         """Forget a board."""
-        self.peers.pop(board, None)
+        self._peers.pop(board, None)
 
     def heard(self, board: BoardId, now_ms: int) -> None:
         """Something authentic came from ``board``."""
@@ -125,7 +127,7 @@ class Membership:
                 self._move(peer, _SILENT)
         return gone
 
-    def usable(self) -> list[BoardId]:
+    def usable(self) -> Sequence[BoardId]:
         """Boards to pick proposers from, in an order that does not depend on arrival."""
         return sorted(board for board, peer in self.peers.items() if peer.usable)
 

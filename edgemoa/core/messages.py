@@ -58,7 +58,9 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """A board's heartbeat and load report, once a second to each paired board.
 
     ``boot`` changes when the board restarts: what it asked for before is void then. ``sequence``
-    grows within a boot; an older report never replaces a newer one.
+    grows within a boot; an older report never replaces a newer one. The last three say what a usual
+    job takes of the model, 0 while that is not known, and the work that comes, own and peers',
+    against what the board can do.
     """
 
     boot: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -68,7 +70,10 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     model: Name
     waiting: Count
     running: Count
-    expected_wait_ms: Millis
+    expected_wait_ms: Millis  # of a peer's job that would come now
+    proposal_ms: Millis = 0
+    aggregation_ms: Millis = 0
+    utilisation_permille: Count = 0
 
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
@@ -79,7 +84,8 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 
 class Propose(msgspec.Struct, frozen=True, tag="propose"):
     """The owner asks for a proposal. Asked again (the answer got lost), it is answered again,
-    not computed again: ``(sender, request_id, layer)`` names the work."""
+    not computed again: ``(sender, request_id, layer)`` names the work. With ``is_answer`` it is the
+    user's answer that is to be written, after the last layer."""
 
     request_id: RequestId
     layer: Layer
@@ -88,6 +94,7 @@ class Propose(msgspec.Struct, frozen=True, tag="propose"):
     ]
     sampling: Sampling
     time_left_ms: Millis
+    is_answer: bool = False
 
 
 class Queued(msgspec.Struct, frozen=True, tag="queued"):

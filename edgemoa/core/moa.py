@@ -302,6 +302,11 @@ class Run:
     granted: Granted
     accepted_ms: int
     deadline_ms: int
+    promised_ms: int  # when the answer is to be there; the deadline at the latest
+    predicted_ms: float = 0.0  # that it takes, by mean times
+    own_proposes: bool = True
+    handed_over: bool = False  # a peer was asked to write the answer
+    footprint_bytes: int = 0  # that it may come to, proposals and all
     state: State = State.ACCEPTED
     layer: int = 0
     layer_deadline_ms: int = 0
@@ -332,15 +337,14 @@ class Run:
     def begin_layer(self, boards: Sequence[BoardId], now_ms: int, layer_deadline_ms: int) -> None:
         """Open the next layer with these proposers.
 
-        What time is left is shared with the layers to come and the aggregation, so that a slow
-        layer cannot eat the time in which the answer is to be written.
+        What time is left of the promise is shared with the layers to come and the aggregation, so
+        that a slow layer cannot eat the time in which the answer is to be written.
         """
         self.move(State.PROPOSING)
-        parts = self.granted.layers - self.layer + 1
+        parts = max(self.granted.layers - self.layer + 1, 1)
         self.layer += 1
-        self.layer_deadline_ms = now_ms + min(
-            layer_deadline_ms, (self.deadline_ms - now_ms) // parts
-        )
+        end_ms = self.promised_ms if self.promised_ms > now_ms else self.deadline_ms
+        self.layer_deadline_ms = now_ms + min(layer_deadline_ms, (end_ms - now_ms) // parts)
         self.previous, self.drafts = self.drafts or self.previous, []
         self.pending, self.asked = set(boards), set(boards)
 

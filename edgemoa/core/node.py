@@ -7,8 +7,9 @@ simulator drive this same class.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final, Literal, TypeAlias
@@ -16,6 +17,7 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 
 from edgemoa.core import limits
+from edgemoa.core.admission import RESUME, SLOW_OWNER, Cap, Grant, Ladder, Plan, cap, grant_anyway
 from edgemoa.core.events import (
     Accepted,
     Aggregating,
@@ -43,6 +45,7 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
+from edgemoa.core.load import Arrivals, Average, Learned
 from edgemoa.core.membership import HEARTBEAT_MS, Membership, Presence
 from edgemoa.core.messages import (
     Alive,
@@ -59,6 +62,7 @@ from edgemoa.core.messages import (
     printable,
 )
 from edgemoa.core.moa import (
+    MOST_BYTES_PER_TOKEN,
     Draft,
     Give,
     Room,
@@ -69,12 +73,18 @@ from edgemoa.core.moa import (
     Write,
     size_bytes,
 )
-from edgemoa.core.queueing import Work, WorkQueue
+from edgemoa.core.picking import Outlook, Pick, choose
+from edgemoa.core.queueing import OWN_WEIGHT, Discipline, Work, WorkQueue
 from edgemoa.core.rates import Rates
 
+USUAL_BYTES: Final = 16 * limits.KIB  # of a prompt and what belongs to it, until one was seen
+LEAST_RETRY_MS: Final = 1_000
+NEVER_MS: Final = 2**62
+MOST_PERMILLE: Final = 1_000_000
 PROPOSAL_TOP_P: Final = 0.95
 ANSWER_ROOM_TOKENS: Final = 512  # kept free for the answer where it asked for more than fits
 
+Aggregator: TypeAlias = Literal["owner", "strongest", "auto"]
 WorkKey: TypeAlias = tuple[BoardId, str, int]  # who asked, for which request, in which layer
 _Unwanted: TypeAlias = Callable[[Work], bool]
 
@@ -85,8 +95,18 @@ class NodeSettings:
 
     name: str
     boot: int  # grows with every start of the board
-    own_requests: int = 16
-    peer_jobs: int = 32
+    own_requests: int | None = None  # at most, beside the cap that follows from what is measured
+    peer_jobs: int | None = None  # the same; 0 for a board that works for its own user alone
+    queue_bytes: int = 64 * limits.MIB  # for prompts and proposals, half for either class
+    promise_ms: int = 300_000  # within which an accepted prompt is meant to be answered
+    pick: Pick = "shortest"
+    discipline: Discipline = "fair"
+    ladder: bool = True  # False: every plan as asked for, whatever the load; to study that
+    aggregator: Aggregator = "owner"
+    answer_max_tokens: int = 512  # of an aggregation that is done for a peer
+    own_proposal: Literal["auto", "always"] = "auto"  # auto: a slow owner leaves it to its peers
+    learned: Learned | None = None  # at earlier starts
+    heartbeat_ms: int = HEARTBEAT_MS  # 0 where the others learn of this board in another way
     quorum: int = 0
     layer_deadline_ms: int = 120_000
     proposal_max_tokens: int = 256
@@ -102,6 +122,7 @@ class Counters:
     answered: int = 0
     failed: int = 0
     cancelled: int = 0
+    degraded: int = 0  # accepted with less than was asked for
     refused: int = 0
     proposals_served: int = 0
     proposals_declined: int = 0
@@ -112,11 +133,15 @@ class Counters:
 class Node:
     """See the module. ``rng`` is the only source of chance."""
 
-    def __init__(self, board_id: BoardId, settings: NodeSettings, rng: Random) -> None:
+    def __init__(
+        self, board_id: BoardId, settings: NodeSettings, rng: Random, now_ms: int = 0
+    ) -> None:
         self.board_id = board_id
         self.settings = settings
         self.members = Membership()
-        self.queue = WorkQueue()
+        self.queue = WorkQueue(settings.discipline, now_ms)
+        self.ladder = Ladder()
+        self.prompts = Arrivals(now_ms)  # of the own user's, taken or not
         self.runs: dict[str, Run] = {}
         self.counters = Counters()
         self.engine: EngineInfo | None = None
@@ -128,6 +153,11 @@ class Node:
         self._sequence = 0
         self._heartbeat_ms = 0
         self._stopped = False
+        self._refusing = False
+        self._own_bytes = 0  # what the prompts that are worked on may come to
+        self._usual_bytes = {True: Average(), False: Average()}  # of one prompt: own, peers'
+        # Jobs that a board was given since its last report, by that report's number.
+        self._unreported: dict[BoardId, tuple[int, int]] = {}
         # Finished and called-off work, by who asked: a repeated question gets the same answer
         # again, and one that was called off before it arrived is not begun.
         self._results: defaultdict[BoardId, dict[WorkKey, Proposal | Declined]] = defaultdict(dict)
@@ -138,32 +168,73 @@ class Node:
         """Accept a prompt, or refuse it with a reason; the client hears which as first event."""
         if request.request_id in self.runs:
             raise ValueError("a request id is used once")
-        refusal = self.refusal()
+        self.prompts.observe(now_ms)
+        refusal = self.refusal(now_ms)
         if refusal is not None:
-            self.counters.refused += 1
-            self._effects.append(Tell(request.request_id, refusal))
-            return self._flush()
-        granted = self._grant(request)
-        run = Run(request, granted, now_ms, now_ms + request.deadline_ms)
+            return self._refuse(request, refusal)
+        asked, promise_ms = self._asked(request), self._promise_ms(request)
+        candidates = self._candidates(asked.proposers, ())
+        grant = self._grant(asked, candidates, promise_ms, now_ms)
+        granted = Granted(grant.plan.layers, grant.plan.proposers, grant.why)
+        refusal = self._broken_promise(grant, promise_ms, now_ms)
+        if refusal is None and request.strict and granted.why:
+            retry_ms = self._drain_ms(now_ms) if candidates else 0
+            refusal = Failed("overloaded", f"only less can be had now: {granted.why}", retry_ms)
+        if refusal is not None:
+            return self._refuse(request, refusal)
+        run = Run(
+            request,
+            granted,
+            now_ms,
+            now_ms + request.deadline_ms,
+            now_ms + promise_ms,
+            predicted_ms=grant.predicted_ms,
+            own_proposes=grant.plan.own,
+            footprint_bytes=self._footprint(request),
+        )
         run.room = self._room(request)
         self.runs[request.request_id] = run
+        self._own_bytes += run.footprint_bytes
+        self._usual_bytes[True].add(run.footprint_bytes)
         self.counters.accepted += 1
-        self._tell(run, Accepted(granted, sum(1 for _ in self.queue)))
+        self.counters.degraded += bool(granted.why)
+        expected_ms = round(self.ladder.likely_ms(grant.predicted_ms))
+        self._tell(run, Accepted(granted, len(self.queue), expected_ms))
         if granted.layers:
-            self._begin_layer(run, now_ms)
+            self._begin_layer(run, now_ms, candidates)
         else:
             self._conclude(run, now_ms)
         return self._settle(now_ms)
 
-    def refusal(self) -> Failed | None:
-        """Why a prompt would not be accepted now; None if it would be."""
+    def _refuse(self, request: Request, refusal: Failed) -> list[Effect]:
+        self.counters.refused += 1
+        self._effects.append(Tell(request.request_id, refusal))
+        return self._flush()
+
+    def refusal(self, now_ms: int) -> Failed | None:
+        """Why no prompt at all would be accepted now; None if one would be.
+
+        Once the cap has been reached, some of it is worked off before more is taken: whoever was
+        sent away and comes back when told does not meet the next full queue.
+        """
         if self.draining:
             return Failed("unavailable", "this board is shutting down")
-        if len(self.runs) >= self.settings.own_requests:
-            wait_ms = max(self.queue.expected_wait_ms() // max(len(self.runs), 1), 1_000)
-            reason = f"{len(self.runs)} prompts are being worked on, which is this board's bound"
-            return Failed("overloaded", reason, wait_ms)
-        return None
+        bound = self.cap(own=True)
+        level = max(
+            len(self.runs) / max(bound.requests, 1),
+            self._own_bytes / max(bound.budget_bytes, 1),
+            self._alone_ms(now_ms) * self.ladder.doubt / self.settings.promise_ms,
+        )
+        self._refusing = bool(self.runs) and level >= (RESUME if self._refusing else 1)
+        if not self._refusing:
+            return None
+        reason = f"{len(self.runs)} prompts are being worked on; this board takes {bound.requests}"
+        return Failed("overloaded", reason, self._drain_ms(now_ms), len(self.runs))
+
+    def _alone_ms(self, now_ms: int) -> float:
+        """How long an answer takes that this board writes by itself; 0 while that is a guess."""
+        known = self.settings.ladder and self.queue.times.is_measured("proposal")
+        return self.outlook(now_ms).done_ms() if known else 0.0
 
     def cancel(self, request_id: str, now_ms: int) -> list[Effect]:
         """The client no longer wants the answer: stop everything that works for it."""
@@ -177,7 +248,7 @@ class Node:
     def pair(self, board: BoardId, name: str, now_ms: int) -> list[Effect]:
         """A board that may be asked, and may ask, from now on."""
         self.members.pair(board, name)
-        self._heartbeat([board])
+        self._heartbeat([board], now_ms)
         return self._settle(now_ms)
 
     def unpair(self, board: BoardId, now_ms: int) -> list[Effect]:
@@ -187,6 +258,8 @@ class Node:
             self._void(board, "no longer paired", now_ms)
             self.members.unpair(board)
             self._results.pop(board, None)
+            self._unreported.pop(board, None)
+            self.ladder.forget(board)
         return self._settle(now_ms)
 
     def receive(self, sender: BoardId, message: Message, now_ms: int) -> list[Effect]:
@@ -204,7 +277,7 @@ class Node:
                     self._void(sender, "restarted", now_ms)
                 self.members.heard(sender, now_ms)
                 if not known:  # it may not know of us either; do not let it wait for a heartbeat
-                    self._heartbeat([sender])
+                    self._heartbeat([sender], now_ms)
                 return self._settle(now_ms)
             case _:
                 self.members.heard(sender, now_ms)
@@ -239,8 +312,11 @@ class Node:
         changed = not self.engine_ready
         self.engine, self.engine_ready = info, True
         self.queue.slots = info.slots
+        learned = self.settings.learned
+        if learned is not None and learned.model == info.model and not self.queue.times.measured():
+            self.queue.times.recall(learned)
         if changed:
-            self._heartbeat(self.members.peers)
+            self._heartbeat(self.members.peers, now_ms)
         return self._settle(now_ms)
 
     def engine_is_lost(self, now_ms: int) -> list[Effect]:
@@ -254,7 +330,7 @@ class Node:
         for run in self.runs.values():
             run.attempt, run.pieces, run.read_ahead = "", 0, False
             run.logprobs = []
-        self._heartbeat(self.members.peers)
+        self._heartbeat(self.members.peers, now_ms)
         return self._settle(now_ms)
 
     def wrote(
@@ -287,7 +363,13 @@ class Node:
 
     def measured(self, rates: Rates) -> None:
         """How fast the engine has been so far."""
-        self.queue.times.rates = rates
+        self.queue.times.measured_rates(rates)
+
+    def learned(self) -> Learned | None:
+        """What is worth keeping for the next start; None if nothing is."""
+        if self.engine is None or not self.queue.times.measured():
+            return None
+        return self.queue.times.learned(self.engine.model)
 
     # --- time
 
@@ -295,9 +377,9 @@ class Node:
         """Do what is due by now; harmless when called early or late."""
         if self._stopped:
             return []
-        if now_ms >= self._heartbeat_ms:
-            self._heartbeat_ms = now_ms + HEARTBEAT_MS
-            self._heartbeat(self.members.peers)
+        if self.settings.heartbeat_ms and now_ms >= self._heartbeat_ms:
+            self._heartbeat_ms = now_ms + self.settings.heartbeat_ms
+            self._heartbeat(self.members.peers, now_ms)
         for board in self.members.sweep(now_ms):
             self._void(board, "fell silent", now_ms)
         for run in list(self.runs.values()):
@@ -306,12 +388,12 @@ class Node:
             elif run.state is State.PROPOSING and now_ms >= run.layer_deadline_ms:
                 self._leave_out_pending(run, "too late")
                 self._close_layer(run, now_ms)
-        self._drop(lambda work: work.source != self.board_id and now_ms >= work.deadline_ms)
+        self._drop(lambda work: not work.own and now_ms >= work.deadline_ms)
         return self._settle(now_ms)
 
     def next_deadline_ms(self) -> int:
         """When :meth:`tick` has something to do, at the latest."""
-        due = self._heartbeat_ms
+        due = self._heartbeat_ms if self.settings.heartbeat_ms else NEVER_MS
         for run in self.runs.values():
             due = min(due, run.deadline_ms)
             if run.state is State.PROPOSING:
@@ -321,12 +403,10 @@ class Node:
     def drain(self, now_ms: int) -> list[Effect]:
         """Take nothing new and hand back what peers are waiting for and has not begun."""
         self.draining = True
-        waiting, _ = self.queue.remove(
-            lambda work: work.source != self.board_id and work.started_ms < 0
-        )
+        waiting, _ = self.queue.remove(lambda work: not work.own and work.started_ms < 0)
         for work in waiting:
             self._decline(_key(work), "this board is shutting down")
-        self._heartbeat(self.members.peers)
+        self._heartbeat(self.members.peers, now_ms)
         return self._settle(now_ms)
 
     def stop(self, now_ms: int) -> list[Effect]:
@@ -334,7 +414,7 @@ class Node:
         self.draining = True
         for run in list(self.runs.values()):
             self._fail_or_fall_back(run, Failed("unavailable", "this board shut down"), now_ms)
-        for work in self._drop(lambda work: work.source != self.board_id):
+        for work in self._drop(lambda work: not work.own):
             self._decline(_key(work), "this board is shutting down")
         for board in self.members.peers:
             self._send(board, Leave(self.settings.boot))
@@ -344,26 +424,122 @@ class Node:
     @property
     def idle(self) -> bool:
         """Whether nobody waits for anything of this board."""
-        return not self.runs and not any(True for _ in self.queue)
+        return not self.runs and not len(self.queue)
 
     def peer_jobs(self) -> int:
         """Peers' jobs waiting or running here."""
-        return sum(1 for work in self.queue if work.source != self.board_id)
+        return self.queue.jobs(own=False)
 
-    # --- one prompt, layer by layer
+    # --- what is taken, and with which plan
 
-    def _grant(self, request: Request) -> Granted:
-        at_hand = len(self.members.usable())
+    def cap(self, *, own: bool) -> Cap:
+        """How many own prompts, or peers' jobs, are taken at a time."""
+        settings, times = self.settings, self.queue.times
+        setting = settings.own_requests if own else settings.peer_jobs
+        # Own prompts are sure of their share of the model. A peer's job is of use within its layer.
+        share = OWN_WEIGHT / (OWN_WEIGHT + 1) if own else 1.0
+        promise_ms = settings.promise_ms if own else settings.layer_deadline_ms
+        bound = cap(
+            service_ms=times.mean_ms("proposal", self.queue.slots) / share,
+            scv=times.scv("proposal"),
+            slots=self.queue.slots,
+            promise_ms=promise_ms,
+            budget_bytes=settings.queue_bytes // 2,
+            usual_bytes=self._usual_bytes[own].mean or USUAL_BYTES,
+            setting=setting,
+        )
+        if settings.ladder:
+            return bound
+        free = limits.MAX_OWN_REQUESTS if setting is None else setting
+        return msgspec.structs.replace(bound, requests=free)
+
+    def outlook(self, now_ms: int) -> Outlook:
+        """What this board is expected to do with the next prompt of its own."""
+        queue = self.queue
+        batch = max(min(queue.slots, len(queue) + 1), 1)
+        return Outlook(
+            self.board_id,
+            queue.expected_wait_ms(now_ms, own=True),
+            queue.times.mean_ms("proposal", batch),
+            queue.times.mean_ms("aggregation", batch),
+            queue.utilisation(now_ms),
+        )
+
+    def peer_outlook(self, board: BoardId) -> Outlook:
+        """What a peer is expected to do with the next job that it is given."""
+        report = self.members.peers[board].report
+        assert report is not None  # noqa: S101 - of usable ones only
+        sequence, jobs = self._unreported.get(board, (-1, 0))
+        return Outlook.of(board, report, jobs if sequence == report.sequence else 0)
+
+    def _asked(self, request: Request) -> Plan:
+        always = self.settings.own_proposal == "always"
         if not request.layers or not request.proposers:
             # M > 0 with k = 0 is the owner talking to itself: the board alone.
-            return Granted(0, 0)
-        proposers = min(request.proposers, at_hand)
-        if proposers == request.proposers:
-            return Granted(request.layers, proposers)
-        if proposers == 0:
-            return Granted(0, 0, "no other board is at hand; answered on this board alone")
-        why = f"{request.proposers} proposers were asked for, {at_hand} at hand"
-        return Granted(request.layers, proposers, why)
+            return Plan(0, 0)
+        return Plan(request.layers, request.proposers, always)
+
+    def _promise_ms(self, request: Request) -> int:
+        return min(self.settings.promise_ms, request.deadline_ms)
+
+    def _candidates(self, proposers: int, asked: Container[BoardId]) -> list[Outlook]:
+        """Peers that could be asked, the best first."""
+        if not proposers:
+            return []
+        usable: Sequence[BoardId] = self.members.usable()
+        if asked:
+            usable = [board for board in usable if board not in asked]
+        return choose(self.settings.pick, usable, proposers, self._rng, self.peer_outlook)
+
+    def _grant(self, asked: Plan, candidates: list[Outlook], promise_ms: int, now_ms: int) -> Grant:
+        own = self.outlook(now_ms)
+        if not self.settings.ladder:
+            return grant_anyway(asked, own, candidates)
+        return self.ladder.grant(
+            asked,
+            own,
+            candidates,
+            prompts_per_ms=self.prompts.per_ms(now_ms),
+            peers_utilisation=self.queue.utilisation(now_ms, own=False),
+            # A guess is no reason to give less than was asked for.
+            promise_ms=promise_ms if self.queue.times.is_measured("proposal") else math.inf,
+        )
+
+    def _broken_promise(self, grant: Grant, promise_ms: int, now_ms: int) -> Failed | None:
+        """Why even the smallest plan is refused: it would be too late, by what is before it."""
+        likely_ms = grant.predicted_ms * self.ladder.doubt
+        if not self._alone_ms(now_ms) or not self.runs or likely_ms <= promise_ms:
+            return None
+        reason = (
+            f"an answer would take about {likely_ms / 1000:.0f} s,"
+            f" and {promise_ms / 1000:.0f} s are promised"
+        )
+        return Failed("overloaded", reason, self._drain_ms(now_ms), len(self.runs))
+
+    def _drain_ms(self, now_ms: int) -> int:
+        """How long until prompts are taken again, for one that is refused now."""
+        bound = self.cap(own=True)
+        ends = len(self.runs) - math.ceil(RESUME * bound.requests) + 1
+        most_ms = RESUME * self.settings.promise_ms / self.ladder.doubt
+        service_ms = self.queue.times.mean_ms("proposal", self.queue.slots)
+        excess_ms = max(ends * service_ms, self._alone_ms(now_ms) - most_ms, service_ms / 2)
+        share = 1 - min(self.queue.utilisation(now_ms, own=False), 1 / (OWN_WEIGHT + 1))
+        return max(round(excess_ms / share), LEAST_RETRY_MS)
+
+    def _footprint(self, request: Request) -> int:
+        """Bytes that a prompt may come to: it, its proposals, and its answer."""
+        text = (request.layers > 0) * (request.proposers + 1) * self._proposal_bytes * 2
+        answer = request.sampling.max_tokens * MOST_BYTES_PER_TOKEN
+        return 2 * size_bytes(request.messages) + text + answer
+
+    @property
+    def _proposal_bytes(self) -> int:
+        """That a proposal is cut to: more than its tokens can be."""
+        return min(
+            self.settings.proposal_max_tokens * MOST_BYTES_PER_TOKEN, limits.MAX_PROPOSAL_BYTES
+        )
+
+    # --- one prompt, layer by layer
 
     def _room(self, request: Request) -> Room:
         """Tokens that proposals may take beside the conversation and the answer to come."""
@@ -374,19 +550,31 @@ class Node:
             bytes=max(limits.MAX_PROMPT_BYTES - size_bytes(request.messages), 0),
         )
 
-    def _begin_layer(self, run: Run, now_ms: int) -> None:
-        usable = self.members.usable()
-        peers = self._rng.sample(usable, min(run.granted.proposers, len(usable)))
-        run.begin_layer([self.board_id, *peers], now_ms, self.settings.layer_deadline_ms)
+    def _begin_layer(self, run: Run, now_ms: int, candidates: list[Outlook] | None = None) -> None:
+        if candidates is None:
+            candidates = self._candidates(run.granted.proposers, ())
+        peers = [each.board for each in self._ready(candidates)[: run.granted.proposers]]
+        own = run.own_proposes or len(peers) < 2
+        proposers = [self.board_id, *peers] if own else peers
+        run.begin_layer(proposers, now_ms, self.settings.layer_deadline_ms)
         if len(peers) < run.granted.proposers:
             run.notes.append(
                 f"layer {run.layer} had {len(peers)} of {run.granted.proposers} proposers"
             )
         names = tuple(self.members.name(peer) for peer in peers)
-        self._tell(run, LayerStarted(run.layer, (self.settings.name, *names)))
-        self._queue_own(run, self._proposal_messages(run), self._own_proposal(), now_ms)
+        if own:
+            names = (self.settings.name, *names)
+        self._tell(run, LayerStarted(run.layer, names))
+        if own:
+            self._queue_own(run, self._proposal_messages(run), self._own_proposal(), now_ms)
         for peer in peers:
             self._ask(run, peer, now_ms)
+
+    def _ready(self, candidates: list[Outlook]) -> list[Outlook]:
+        """Full boards are asked only where there are no others."""
+        if not self.settings.ladder:
+            return candidates
+        return sorted(candidates, key=self.ladder.is_full)
 
     def _own_proposal(self) -> Sampling:
         # Greedy: at small sizes a model's greedy answer beats its samples on average, and boards
@@ -403,14 +591,32 @@ class Node:
             top_p=PROPOSAL_TOP_P,
             seed=self._rng.getrandbits(31),
         )
+        self._send_question(run, peer, self._proposal_messages(run), sampling, now_ms)
+
+    def _send_question(
+        self,
+        run: Run,
+        peer: BoardId,
+        messages: tuple[ChatMessage, ...],
+        sampling: Sampling,
+        now_ms: int,
+        *,
+        is_answer: bool = False,
+    ) -> None:
+        report = self.members.peers[peer].report
+        if report is not None:
+            sequence, jobs = self._unreported.get(peer, (-1, 0))
+            known = jobs if sequence == report.sequence else 0
+            self._unreported[peer] = (report.sequence, known + 1)
         self._send(
             peer,
             Propose(
                 request_id=run.request.request_id,
                 layer=run.layer,
-                messages=self._proposal_messages(run),
+                messages=messages,
                 sampling=sampling,
                 time_left_ms=max(run.layer_deadline_ms - now_ms, 0),
+                is_answer=is_answer,
             ),
         )
 
@@ -422,11 +628,10 @@ class Node:
         if run is None or not run.waits_for(board, layer):
             return
         self._leave_out(run, board, reason)
-        others = [peer for peer in self.members.usable() if peer not in run.asked]
+        others = [] if run.handed_over else self._ready(self._candidates(1, run.asked))
         if others:
-            other = self._rng.choice(others)
-            run.ask_also(other)
-            self._ask(run, other, now_ms)
+            run.ask_also(others[0].board)
+            self._ask(run, others[0].board, now_ms)
         self._close_if_settled(run, now_ms)
 
     def _proposal_arrived(self, sender: BoardId, proposal: Proposal, now_ms: int) -> None:
@@ -436,7 +641,7 @@ class Node:
                 run,
                 Draft.of(
                     sender,
-                    _cut(proposal.text, limits.MAX_PROPOSAL_BYTES),
+                    _cut(proposal.text, self._proposal_bytes),
                     proposal.tokens,
                     proposal.finish,
                     own=False,
@@ -470,7 +675,7 @@ class Node:
     def _read_ahead(self, run: Run) -> None:
         """While a layer waits for more, have the model read what is there; unless other work waits
         for the model, or may at any moment."""
-        free = not self.queue.waiting and len(self.queue.running) < self.queue.slots
+        free = not self.queue.waits and len(self.queue.running) < self.queue.slots
         if run.state is not State.PROPOSING or not run.drafts or not self.engine_ready or not free:
             return
         begun = self.settings.strategy.begin(run.request.messages, run.drafts, run.room)
@@ -510,7 +715,9 @@ class Node:
             self._close_layer(run, now_ms)
 
     def _close_layer(self, run: Run, now_ms: int) -> None:
-        if run.layer < run.granted.layers and run.drafts:
+        if run.handed_over and run.drafts:
+            self._give(run, run.drafts[0], "", now_ms)
+        elif run.layer < run.granted.layers and run.drafts:
             self._begin_layer(run, now_ms)
         else:
             self._conclude(run, now_ms)
@@ -524,11 +731,49 @@ class Node:
                 return
             run.notes.append(conclusion.note)
             conclusion = Write(run.request.messages, 0)
+        aggregator = self._aggregator(run, conclusion, now_ms)
+        if aggregator is not None:
+            self._hand_over(run, conclusion, aggregator, now_ms)
+            return
         if run.state is not State.CONCLUDING:
             run.move(State.CONCLUDING)
         if conclusion.drafts:
             self._tell(run, Aggregating(conclusion.drafts))
         self._queue_own(run, conclusion.messages, run.request.sampling, now_ms, final=True)
+
+    def _aggregator(self, run: Run, write: Write, now_ms: int) -> BoardId | None:
+        """The peer that is to write the answer; None for this board.
+
+        One that is handed over comes in one piece, and is of a model that knows nothing of what
+        was wished for: only what is much faster elsewhere is worth that, unless it is told so.
+        """
+        how = self.settings.aggregator
+        if (
+            how == "owner"
+            or run.handed_over
+            or run.told
+            or not write.drafts
+            or run.request.wishes
+            or run.layer >= limits.MAX_LAYERS
+        ):
+            return None
+        own = self.outlook(now_ms)
+        outlooks = [self.peer_outlook(board) for board in self.members.usable()]
+        if how == "strongest":
+            best = min([own, *outlooks], key=lambda each: each.aggregation_ms)
+        else:
+            best = min([own, *outlooks], key=lambda each: each.done_ms(2))
+            if own.done_ms(2) < SLOW_OWNER * best.done_ms(2):
+                best = own
+        return None if best is own else best.board
+
+    def _hand_over(self, run: Run, write: Write, peer: BoardId, now_ms: int) -> None:
+        """Have a peer write the answer, as a layer of its own with one proposer. What becomes of
+        it otherwise, this board writes it after all."""
+        run.handed_over = True
+        run.begin_layer([peer], now_ms, self.settings.layer_deadline_ms)
+        self._tell(run, Aggregating(write.drafts, self.members.name(peer)))
+        self._send_question(run, peer, write.messages, run.request.sampling, now_ms, is_answer=True)
 
     def _queue_own(
         self,
@@ -557,6 +802,10 @@ class Node:
                 arrived_ms=now_ms,
                 deadline_ms=run.deadline_ms,
                 final=final,
+                own=True,
+                client=run.request.client,
+                since_ms=run.accepted_ms,
+                size_bytes=size_bytes(messages),
             )
         )
 
@@ -594,6 +843,7 @@ class Node:
         self._tell_text(run, text)
         self._end(run, State.ANSWERED)
         self.counters.answered += 1
+        self.ladder.observe(run.predicted_ms, now_ms - run.accepted_ms)
         answered = Answered(
             text=text,
             finish=finish,
@@ -662,10 +912,11 @@ class Node:
             if board != self.board_id:
                 self._send(board, Cancel(request_id, run.layer))
         run.pending.clear()
-        self._drop(lambda work: work.source == self.board_id and work.request_id == request_id)
+        self._drop(lambda work: work.own and work.request_id == request_id)
         self._read_no_further(run)
         run.move(state)
         del self.runs[request_id]
+        self._own_bytes -= run.footprint_bytes
 
     # --- work
 
@@ -674,60 +925,75 @@ class Node:
         if key in self._results[sender]:
             self._send(sender, self._results[sender][key])
             return
-        position = self.queue.position(lambda work: _key(work) == key)
-        if position is None:
-            refusal = self._refusal(sender, ask)
+        work = self.queue.find(lambda work: _key(work) == key)
+        wait_ms = self.queue.expected_wait_ms(now_ms, own=False)
+        position = len(self.queue)
+        if work is None:
+            settings = self.settings
+            most = settings.answer_max_tokens if ask.is_answer else settings.proposal_max_tokens
+            most_tokens = min(ask.sampling.max_tokens, most)
+            work = Work(
+                job=Job(
+                    job_id=self._take_job_id(),
+                    kind="proposal" if ask.layer == 1 else "aggregation",
+                    messages=ask.messages,
+                    sampling=msgspec.structs.replace(ask.sampling, max_tokens=most_tokens),
+                    stream=False,
+                ),
+                source=sender,
+                request_id=ask.request_id,
+                layer=ask.layer,
+                arrived_ms=now_ms,
+                deadline_ms=now_ms + min(ask.time_left_ms, limits.MAX_PEER_JOB_MS),
+                size_bytes=size_bytes(ask.messages) + self._proposal_bytes,
+            )
+            refusal = self._peers_refusal(work, now_ms + wait_ms)
             if refusal:
                 self.counters.proposals_declined += 1
-                wait_ms = self.queue.expected_wait_ms()
                 self._send(sender, Declined(ask.request_id, ask.layer, refusal, wait_ms))
                 return
-            most_tokens = min(ask.sampling.max_tokens, self.settings.proposal_max_tokens)
-            job = Job(
-                job_id=self._take_job_id(),
-                kind="proposal" if ask.layer == 1 else "aggregation",
-                messages=ask.messages,
-                sampling=msgspec.structs.replace(ask.sampling, max_tokens=most_tokens),
-                stream=False,
-            )
-            wait_ms = self.queue.expected_wait_ms()
-            position = self.queue.add(
-                Work(
-                    job=job,
-                    source=sender,
-                    request_id=ask.request_id,
-                    layer=ask.layer,
-                    arrived_ms=now_ms,
-                    deadline_ms=now_ms + min(ask.time_left_ms, limits.MAX_PEER_JOB_MS),
-                )
-            )
-        else:
-            wait_ms = self.queue.expected_wait_ms()
+            self._usual_bytes[False].add(work.size_bytes)
+            self.queue.add(work)
         self._send(sender, Queued(ask.request_id, ask.layer, position, wait_ms))
 
-    def _refusal(self, sender: BoardId, ask: Propose) -> str:
+    def _peers_refusal(self, work: Work, turn_ms: int) -> str:
         """Why a peer's job is not taken; empty if it is.
 
         Where several boards are paired, one alone may hold half of the places.
+
+        :param turn_ms: when it would be its turn.
         """
         if self.draining:
             return "this board is shutting down"
         if not self.engine_ready:
             return "its model is not ready"
-        if self.peer_jobs() >= self.settings.peer_jobs:
-            return f"its queue is full ({self.settings.peer_jobs} jobs)"
-        share = self.settings.peer_jobs
+        bound = self.cap(own=False)
+        if self.peer_jobs() >= bound.requests:
+            return f"its queue is full ({bound.requests} jobs)"
+        share = bound.requests
         if len(self.members.peers) > 1:
             share = max(share // 2, 1)
-        if sum(1 for work in self.queue if work.source == sender) >= share:
+        if sum(1 for each in self.queue if each.source == work.source) >= share:
             return f"its places for one board are taken ({share} jobs)"
-        if size_bytes(ask.messages) > limits.MAX_PROMPT_BYTES:
+        if work.size_bytes - self._proposal_bytes > limits.MAX_PROMPT_BYTES:
             return "the prompt is too large"
+        held_bytes = self.queue.size_bytes(own=False)
+        if self.peer_jobs() and held_bytes + work.size_bytes > bound.budget_bytes:
+            return "its memory for peers' prompts is taken"
+        if self._is_too_late(work, turn_ms):
+            return f"it would take until {(turn_ms - work.arrived_ms) / 1000:.0f} s to begin"
         return ""
+
+    def _is_too_late(self, work: Work, turn_ms: int) -> bool:
+        """Whether a peer's job that begins then can no longer be of use, as far as is known."""
+        times, kind = self.queue.times, work.job.kind
+        if not self.settings.ladder or not times.is_measured(kind):
+            return False
+        return turn_ms + times.mean_ms(kind) > work.deadline_ms
 
     def _work_finished(self, work: Work, done: WorkDone, now_ms: int) -> None:
         queue_ms = max(now_ms - work.arrived_ms - done.work_ms, 0)
-        if work.source != self.board_id:
+        if not work.own:
             self.counters.proposals_served += 1
             proposal = Proposal(
                 request_id=work.request_id,
@@ -787,7 +1053,7 @@ class Node:
         )
 
     def _work_failed(self, work: Work, failure: WorkFailed, now_ms: int) -> None:
-        if work.source != self.board_id:
+        if not work.own:
             self._decline(_key(work), failure.reason)
             return
         run = self.runs.get(work.request_id)
@@ -802,6 +1068,8 @@ class Node:
         elif failure.code == "context":
             failed = Failed("context_length_exceeded", failure.reason)
             self._fail_or_fall_back(run, failed, now_ms)
+        elif failure.code == "schema":
+            self._fail_or_fall_back(run, Failed("schema_failed", failure.reason), now_ms)
         else:
             self._fail_or_fall_back(run, Failed("engine_failed", failure.reason), now_ms)
 
@@ -822,7 +1090,7 @@ class Node:
             self._effects.append(StopWork(work.job.job_id))
         dropped = [*waiting, *running]
         for work in dropped:
-            if work.source != self.board_id:
+            if not work.own:
                 self._remember(_key(work), Declined(work.request_id, work.layer, "called off"))
         return dropped
 
@@ -854,20 +1122,29 @@ class Node:
     def _send(self, to: BoardId, message: Message) -> None:
         self._effects.append(Send(to, message))
 
-    def _heartbeat(self, boards: Iterable[BoardId]) -> None:
+    def report(self, now_ms: int) -> Alive:
+        """What this board tells the others of itself."""
         self._sequence += 1
-        alive = Alive(
+        queue = self.queue
+        batch = max(min(queue.slots, len(queue) + 1), 1)
+        return Alive(
             boot=self.settings.boot,
             sequence=self._sequence,
             name=self.settings.name,
             accepting=self.engine_ready and not self.draining,
             model=self.engine.model if self.engine else "",
-            waiting=len(self.queue.waiting),
-            running=len(self.queue.running),
-            expected_wait_ms=self.queue.expected_wait_ms(),
+            waiting=queue.waits,
+            running=len(queue.running),
+            expected_wait_ms=queue.expected_wait_ms(now_ms, own=False),
+            proposal_ms=round(queue.times.mean_ms("proposal", batch)),
+            aggregation_ms=round(queue.times.mean_ms("aggregation", batch)),
+            utilisation_permille=min(round(1000 * queue.utilisation(now_ms)), MOST_PERMILLE),
         )
+
+    def _heartbeat(self, boards: Iterable[BoardId], now_ms: int) -> None:
+        report = self.report(now_ms)
         for board in boards:
-            self._send(board, alive)
+            self._send(board, report)
 
     def _remember(self, key: WorkKey, result: Proposal | Declined) -> None:
         results = self._results[key[0]]
@@ -882,9 +1159,13 @@ class Node:
     def _settle(self, now_ms: int) -> list[Effect]:
         """Give the engine what it has room for, then hand over all effects."""
         while self.engine_ready and (work := self.queue.next(now_ms)) is not None:
+            if not work.own and self._is_too_late(work, now_ms):
+                self.queue.end(work.job.job_id)
+                self._decline(_key(work), "it was not its turn in time")
+                continue
             self._effects.append(StartWork(work.job))
             # Whatever of this board's own starts after a reading ahead is what it was ahead of.
-            if work.source == self.board_id:
+            if work.own:
                 self._read_no_further(self.runs[work.request_id])
         return self._flush()
 

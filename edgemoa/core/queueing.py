@@ -1,27 +1,31 @@
-"""The board's work: one first-come-first-served queue, its bounds, its measured service times.
+"""The board's work: who is served next, and how long that takes to come.
 
-As in Mitra, Kaswan, Ulukus (arXiv 2412.21200, section III) a device serves its own user's and its
-peers' inferences from one FCFS queue. The bounds count own prompts and peers' jobs apart, so that
-neither can shut the other out.
+Two classes share the model: the board's own user and its peers. Where both wait, the own user gets
+:data:`OWN_WEIGHT` times as much of it as all peers together, so that neither shuts the other out.
+Within a class every source (a peer, a local application) gets the same: start-time fair queueing,
+by what jobs are expected to take. Within a source, what belongs to the older prompt goes first. The
+paper's device (arXiv 2412.21200, section III) serves one queue first come, first served, which is
+the other discipline.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
 
-from edgemoa.core.events import Job, JobKind, WorkDone
+from edgemoa.core.events import Job, JobKind
+from edgemoa.core.load import KINDS, Arrivals, ServiceTimes
 from edgemoa.core.messages import BoardId
-from edgemoa.core.rates import Rates
 
-PRIOR_SERVICE_MS: Final = 5_000  # assumed until the first job of a kind has been measured
+OWN_WEIGHT: Final = 3.0  # of the own user's work, where the peers' altogether has 1
 LONGEST_WAIT_MS: Final = 86_400_000  # that is told; who hears of a day asks another
-AVERAGE_WEIGHT: Final = 0.2  # of the newest sample in the exponential average
+
+Discipline: TypeAlias = Literal["fair", "fcfs"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """A job with whom it is for. ``final`` marks the writing of the user's own answer."""
 
@@ -32,87 +36,126 @@ class Work:
     arrived_ms: int
     deadline_ms: int  # worthless from then on
     final: bool = False
+    own: bool = False  # of this board's user
+    client: str = ""  # which local application's, if own
+    since_ms: int = -1  # when its prompt was accepted, if own; else as it arrived
+    size_bytes: int = 0
     attempts: int = 0
     started_ms: int = -1
+    order: tuple[int, int] = (0, 0)  # within its line
+
+    @property
+    def line(self) -> str:
+        """Whom it takes turns for."""
+        return self.client if self.own else self.source
+
+
+def _order(work: Work) -> tuple[int, int]:
+    return work.order
 
 
 @dataclass(slots=True)
-class _Usual:
-    """Exponential averages of the jobs of one kind: their share of the model in ms, and tokens."""
+class _Line:
+    """What waits of one source. ``served`` is its virtual time: work done by weight, in ms."""
 
-    model_ms: float
-    prompt_tokens: float
-    found_tokens: float  # of the prompt's: none had to read them, not ahead of the job either
-    tokens: float
-
-    @classmethod
-    def of(cls, done: WorkDone) -> _Usual:
-        found = done.cached_tokens - done.ahead_tokens
-        return cls(done.model_ms, done.prompt_tokens, found, done.tokens)
-
-    def follow(self, done: WorkDone) -> None:
-        newest = _Usual.of(done)
-        self.model_ms += AVERAGE_WEIGHT * (newest.model_ms - self.model_ms)
-        self.prompt_tokens += AVERAGE_WEIGHT * (newest.prompt_tokens - self.prompt_tokens)
-        self.found_tokens += AVERAGE_WEIGHT * (newest.found_tokens - self.found_tokens)
-        self.tokens += AVERAGE_WEIGHT * (newest.tokens - self.tokens)
+    works: list[Work] = field(default_factory=list)
+    served: float = 0.0
 
 
-class ServiceTimes:
-    """What a job of each kind takes of this board's model, in ms: alpha of the stability condition.
+@dataclass(slots=True)
+class _Class:
+    """Lines that share what their class gets."""
 
-    ``rates`` are the engine's; a usual job's size and they tell what it takes where others are
-    written along with it. Before there are any, the average of what jobs took has to do.
-    """
+    weight: float
+    lines: dict[str, _Line] = field(default_factory=dict)
+    served: float = 0.0
+    virtual: float = 0.0  # of the line that was served last, before it was
 
-    def __init__(self) -> None:
-        self.rates = Rates()
-        self._usual: dict[JobKind, _Usual] = {}
 
-    def observe(self, kind: JobKind, done: WorkDone) -> None:
-        """Take a finished job into account."""
-        if kind in self._usual:
-            self._usual[kind].follow(done)
-        else:
-            self._usual[kind] = _Usual.of(done)
+class _Tally:
+    """Own or peers' work in numbers, and how often such work comes."""
 
-    def mean_ms(self, kind: JobKind, batch: int = 1) -> float:
-        """For a job that is written along with others, ``batch`` in all; a cautious guess while
-        nothing has been measured."""
-        usual = self._usual.get(kind)
-        if usual is None:
-            return PRIOR_SERVICE_MS
-        estimate = self.rates.estimate(usual.prompt_tokens, usual.tokens, batch, usual.found_tokens)
-        return usual.model_ms if estimate is None else estimate
-
-    def measured(self) -> dict[str, int]:
-        """The average that jobs took so far, in ms by kind, for people."""
-        return {kind: round(usual.model_ms) for kind, usual in self._usual.items()}
+    def __init__(self, start_ms: int) -> None:
+        self.jobs = 0  # waiting or running
+        self.size_bytes = 0
+        self.waiting: dict[JobKind, int] = dict.fromkeys(KINDS, 0)
+        self.arrivals = {kind: Arrivals(start_ms) for kind in KINDS}
 
 
 class WorkQueue:
-    """FCFS queue in front of an engine that works on ``slots`` jobs at a time."""
+    """The queue in front of an engine that works on ``slots`` jobs at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, discipline: Discipline = "fair", start_ms: int = 0) -> None:
         self.slots = 1
-        self.waiting: deque[Work] = deque()
         self.running: dict[int, Work] = {}
         self.times = ServiceTimes()
+        self._fair = discipline == "fair"
+        self._own, self._peers = _Class(OWN_WEIGHT), _Class(1.0)
+        self._virtual = 0.0
+        self._sequence = 0
+        self._tallies = {True: _Tally(start_ms), False: _Tally(start_ms)}  # own, peers'
 
     def __iter__(self) -> Iterator[Work]:
         yield from self.running.values()
-        yield from self.waiting
+        yield from self._waiting()
+
+    def _waiting(self) -> Iterator[Work]:
+        for each in (self._own, self._peers):
+            for line in each.lines.values():
+                yield from line.works
+
+    @property
+    def waiting(self) -> list[Work]:
+        """What has not begun, by class and source."""
+        return list(self._waiting())
+
+    @property
+    def waits(self) -> int:
+        """How many jobs have not begun."""
+        return len(self) - len(self.running)
+
+    def __len__(self) -> int:
+        return self._tallies[True].jobs + self._tallies[False].jobs
+
+    def jobs(self, *, own: bool) -> int:
+        """Jobs of one class, waiting or running."""
+        return self._tallies[own].jobs
+
+    def size_bytes(self, *, own: bool) -> int:
+        """What their prompts take up."""
+        return self._tallies[own].size_bytes
 
     def add(self, work: Work) -> int:
-        """Queue ``work`` last; returns the number of jobs before it."""
-        self.waiting.append(work)
-        return len(self.waiting) - 1 + len(self.running)
+        """Queue ``work``; returns the number of jobs that are here already."""
+        before = len(self)
+        self._sequence += 1
+        since_ms = work.since_ms if work.own and self._fair else 0
+        work.order = (since_ms, self._sequence)
+        tally = self._tallies[work.own]
+        tally.arrivals[work.job.kind].observe(work.arrived_ms)
+        tally.jobs += 1
+        tally.size_bytes += work.size_bytes
+        self._insert(work)
+        return before
 
     def next(self, now_ms: int) -> Work | None:
-        """Move the first waiting job to running, if a slot is free."""
-        if not self.waiting or len(self.running) >= self.slots:
+        """Move the job whose turn it is to running, if a slot is free."""
+        if len(self.running) >= self.slots:
             return None
-        work = self.waiting.popleft()
+        each = self._turn()
+        if each is None:
+            return None
+        if self._fair:
+            line = min(each.lines.values(), key=lambda line: line.served)
+        else:
+            line = next(iter(each.lines.values()))
+        work = line.works[0]
+        self._take(work)
+        cost_ms = self.times.mean_ms(work.job.kind, self.slots)
+        self._virtual = each.served
+        each.served += cost_ms / each.weight
+        each.virtual = line.served
+        line.served += cost_ms
         work.started_ms = now_ms
         work.attempts += 1
         self.running[work.job.job_id] = work
@@ -120,33 +163,109 @@ class WorkQueue:
 
     def end(self, job_id: int) -> Work | None:
         """Take a running job out; None if it is no longer known."""
-        return self.running.pop(job_id, None)
+        work = self.running.pop(job_id, None)
+        if work is not None:
+            self._forget(work)
+        return work
 
     def put_back(self) -> list[Work]:
         """The engine is gone: running jobs wait again, ahead of the rest. Returns them."""
         back = list(self.running.values())
         self.running.clear()
-        self.waiting.extendleft(reversed(back))
+        for place, work in enumerate(back):
+            work.order = (-1, place)
+            self._insert(work)
         return back
 
     def remove(self, unwanted: Callable[[Work], bool]) -> tuple[list[Work], list[Work]]:
         """Take out what is ``unwanted``; returns (waiting ones, running ones)."""
-        waiting = [work for work in self.waiting if unwanted(work)]
-        if waiting:
-            self.waiting = deque(work for work in self.waiting if not unwanted(work))
+        waiting = [work for work in self._waiting() if unwanted(work)]
+        for work in waiting:
+            self._take(work)
         running = [work for work in self.running.values() if unwanted(work)]
         for work in running:
             del self.running[work.job.job_id]
+        for work in (*waiting, *running):
+            self._forget(work)
         return waiting, running
 
-    def position(self, found: Callable[[Work], bool]) -> int | None:
-        """Jobs before the first one that is ``found``; None if there is none."""
-        return next((i for i, work in enumerate(self) if found(work)), None)
+    def find(self, found: Callable[[Work], bool]) -> Work | None:
+        """The first job that is ``found``."""
+        return next((work for work in self if found(work)), None)
 
-    def expected_wait_ms(self) -> int:
-        """How long a job that came now would wait, by what those before it take of the model, up
-        to a day: figures that make it longer are no reason to send others away for longer."""
-        jobs = Counter(work.job.kind for work in self)
-        batch = max(min(self.slots, jobs.total()), 1)
-        wait_ms = sum(n * self.times.mean_ms(kind, batch) for kind, n in jobs.items())
+    # --- how long it takes
+
+    def expected_wait_ms(self, now_ms: int, *, own: bool) -> int:
+        """How long a job that came now would wait for its turn, by what is served before it, up to
+        a day: figures that make it longer are no reason to send others away for longer."""
+        batch = max(min(self.slots, len(self)), 1)
+        ahead_ms = self._waiting_ms(own, batch)
+        other_ms = self._waiting_ms(not own, batch)
+        if self._fair:
+            share = OWN_WEIGHT if own else 1 / OWN_WEIGHT
+            other_ms = min(other_ms, ahead_ms / share)
+        wait_ms = self._remaining_ms(now_ms, batch) + ahead_ms + other_ms
         return min(round(wait_ms), LONGEST_WAIT_MS)
+
+    def _waiting_ms(self, own: bool, batch: int) -> float:
+        waiting = self._tallies[own].waiting
+        return sum(n * self.times.mean_ms(kind, batch) for kind, n in waiting.items() if n)
+
+    def _remaining_ms(self, now_ms: int, batch: int) -> float:
+        """What running jobs still take of the model. Of one that takes always the same it is known;
+        of one that may take any time, what is gone says nothing; what is between, is between."""
+        remaining = 0.0
+        for work in self.running.values():
+            kind = work.job.kind
+            mean_ms, varies = self.times.mean_ms(kind, batch), min(self.times.scv(kind), 1.0)
+            gone_ms = (now_ms - work.started_ms) / len(self.running)
+            remaining += varies * mean_ms + (1 - varies) * max(mean_ms - gone_ms, 0.0)
+        return remaining
+
+    def utilisation(self, now_ms: int, *, own: bool | None = None) -> float:
+        """Work that comes, of one class or both, against what the board can do with all its slots
+        in use: rho of the stability condition. More than 1 is more than it can do."""
+        load, slots = 0.0, self.slots
+        for kind in KINDS:
+            per_ms = 0.0
+            if own is not False:
+                per_ms += self._tallies[True].arrivals[kind].per_ms(now_ms)
+            if own is not True:
+                per_ms += self._tallies[False].arrivals[kind].per_ms(now_ms)
+            if per_ms:
+                load += per_ms * self.times.mean_ms(kind, slots)
+        return load
+
+    # --- inside
+
+    def _class(self, own: bool) -> _Class:
+        return self._own if own or not self._fair else self._peers
+
+    def _turn(self) -> _Class | None:
+        own, peers = self._own, self._peers
+        if not own.lines or not peers.lines:
+            return own if own.lines else peers if peers.lines else None
+        return own if own.served <= peers.served else peers
+
+    def _insert(self, work: Work) -> None:
+        each, name = self._class(work.own), work.line if self._fair else ""
+        if not each.lines:  # idle time is no credit
+            each.served = max(each.served, self._virtual)
+        line = each.lines.get(name)
+        if line is None:
+            line = each.lines[name] = _Line(served=each.virtual)
+        insort(line.works, work, key=_order)
+        self._tallies[work.own].waiting[work.job.kind] += 1
+
+    def _take(self, work: Work) -> None:
+        each, name = self._class(work.own), work.line if self._fair else ""
+        line = each.lines[name]
+        line.works.remove(work)
+        if not line.works:
+            del each.lines[name]
+        self._tallies[work.own].waiting[work.job.kind] -= 1
+
+    def _forget(self, work: Work) -> None:
+        tally = self._tallies[work.own]
+        tally.jobs -= 1
+        tally.size_bytes -= work.size_bytes

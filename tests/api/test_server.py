@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from edgemoa.errors import (
     OverloadedError,
     PeerError,
     PromptTooLongError,
+    SchemaError,
     UserError,
 )
 from edgemoa.net import copies
@@ -100,6 +102,7 @@ class ScriptedBoard:
         self.refused: Failed | None = None
         self.files: list[tuple[str, str, int]] = []
         self.measure_s = 0.0
+        self.check_s = 0.0
         self.measuring = 0
         self.context_tokens = 0  # not known before the model has been loaded
         self.gone_early = threading.Event()
@@ -124,6 +127,7 @@ class ScriptedBoard:
 
     async def check_schema(self, schema: str) -> None:
         self.schemas.append(schema)
+        await asyncio.sleep(self.check_s)
         if "canary" in schema:
             raise UserError("The JSON schema cannot be obeyed: a canary.", hint="Use another one.")
 
@@ -474,6 +478,7 @@ def test_bad_requests(
         (Failed("engine_failed", "broken"), 503, EngineError),
         (Failed("deadline_exceeded", "late"), 504, DeadlineError),
         (Failed("context_length_exceeded", "long"), 400, PromptTooLongError),
+        (Failed("schema_failed", "too complex"), 400, SchemaError),
     ],
     ids=lambda value: getattr(value, "code", ""),
 )
@@ -560,6 +565,23 @@ def test_prompts_being_counted_are_bounded_also_when_their_clients_leave(
     assert (status, told["error"]["code"], headers["Retry-After"]) == (429, "overloaded", "1")
     time.sleep(1.2)
     assert post(path, body())[0] == 200
+
+
+def test_schemas_being_checked_are_bounded_and_keep_no_other_prompt_out(
+    path: Path, board: ScriptedBoard
+) -> None:
+    board.check_s = 1.0
+    form = {"type": "json_object"}
+    with ThreadPoolExecutor() as clients:
+        told = clients.map(
+            lambda _: post(path, body(response_format=form))[0], range(limits.MAX_CHECKING + 3)
+        )
+        time.sleep(0.5)
+        assert len(board.schemas) == limits.MAX_CHECKING
+        assert post(path, body())[0] == 200
+        assert sorted(told) == [200] * limits.MAX_CHECKING + [429] * 3
+    board.check_s = 0.0
+    assert post(path, body(response_format=form))[0] == 200
 
 
 def test_connections_are_bounded_and_the_board_lives(

@@ -36,7 +36,7 @@ def draft(board: BoardId, text: str, tokens: int = 10) -> Draft:
 
 def run() -> Run:
     request = Request("request-1", ASK, 20, 2, 2, Sampling(), 60_000)
-    return Run(request, Granted(2, 2), accepted_ms=0, deadline_ms=60_000)
+    return Run(request, Granted(2, 2), accepted_ms=0, deadline_ms=90_000, promised_ms=60_000)
 
 
 def test_the_first_layer_gets_the_conversation_as_it_is() -> None:

@@ -16,6 +16,7 @@ from edgemoa.core.events import (
     Effect,
     EngineInfo,
     Failed,
+    Granted,
     LayerStarted,
     ProposalArrived,
     ProposerLeftOut,
@@ -32,6 +33,7 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
+from edgemoa.core.load import Learned, UsualJob
 from edgemoa.core.membership import GONE_AFTER_MS, HEARTBEAT_MS
 from edgemoa.core.messages import (
     Alive,
@@ -107,8 +109,12 @@ class Rig:
         *,
         sampling: Sampling = Sampling(max_tokens=64),  # noqa: B008 - it is frozen
         wishes: Wishes = Wishes(),  # noqa: B008
+        strict: bool = False,
+        client: str = "",
     ) -> None:
-        request = Request(name, WHY, 10, layers, proposers, sampling, deadline_ms, wishes)
+        request = Request(
+            name, WHY, 10, layers, proposers, sampling, deadline_ms, wishes, strict, client
+        )
         self.take(self.node.submit(request, self.now))
 
     def done(self, text: str = "own", work_ms: int = 500, index: int = -1) -> None:
@@ -216,9 +222,10 @@ def test_fewer_peers_than_asked_for_is_said() -> None:
     assert granted.why
 
 
-def test_peers_are_picked_uniformly() -> None:
+@pytest.mark.parametrize("pick", ["uniform", "capacity", "shortest"])
+def test_peers_that_are_alike_are_picked_alike(pick: str) -> None:
     picked = {B: 0, C: 0, D: 0}
-    rig = Rig(B, C, D)
+    rig = Rig(B, C, D, pick=pick)
     for _ in range(600):
         rig.clear()
         rig.ask(proposers=1)
@@ -394,7 +401,7 @@ def test_proposals_are_read_as_they_arrive_and_no_further_once_the_answer_is_beg
 
 
 def test_the_answer_that_waits_lets_the_reading_go_on() -> None:
-    rig = roomy(Rig(B, C))
+    rig = roomy(Rig(B, C, discipline="fcfs"))
     rig.ask(1, 2)
     rig.propose(B, "from B")
     for n in range(2):
@@ -507,10 +514,11 @@ def test_what_a_wait_is_expected_to_be_follows_the_engines_rates() -> None:
     rig.ask(0, 0)
     rig.done(work_ms=900)
     rig.ask(0, 0, name="request-2")
-    assert rig.node.queue.expected_wait_ms() == 300  # its share of the model, the last time
+    assert rig.node.queue.expected_wait_ms(rig.now, own=True) == 300  # its share, the last time
     rates = Rates((PrefillRate(100, 2.0),), (DecodeRate(1, 100, 10.0),))
     rig.node.measured(rates)
-    assert rig.node.queue.expected_wait_ms() == pytest.approx(6 * 2 + 3 * 10, rel=0.01)
+    wait_ms = rig.node.queue.expected_wait_ms(rig.now, own=True)
+    assert wait_ms == pytest.approx(6 * 2 + 3 * 10, rel=0.03)
     assert snapshot(rig.node, rig.now).rates == rates
 
 
@@ -678,6 +686,14 @@ def test_a_prompt_over_the_context_is_an_error_of_its_own() -> None:
     job_id = rig.started[0].job.job_id
     rig.take(rig.node.failed(job_id, WorkFailed("too long", code="context"), rig.now))
     assert rig.one(Failed).code == "context_length_exceeded"
+
+
+def test_an_answer_that_cannot_be_held_to_its_schema_is_an_error_of_its_own() -> None:
+    rig = Rig()
+    rig.ask(0, 0)
+    job_id = rig.started[0].job.job_id
+    rig.take(rig.node.failed(job_id, WorkFailed("too complex", code="schema"), rig.now))
+    assert rig.one(Failed).code == "schema_failed"
 
 
 def test_nothing_is_taken_from_peers_while_the_model_is_away() -> None:
@@ -918,3 +934,261 @@ def test_nothing_is_said_after_the_last_word() -> None:
     rig.clear()
     rig.tick(HEARTBEAT_MS)
     assert rig.sent == []
+
+
+# --- what is taken, and with which plan
+
+
+def learned(model_ms: float = 1_000, model: str = "tiny") -> Learned:
+    jobs = (
+        UsualJob("proposal", model_ms, 0.3, 50, 0, 20),
+        UsualJob("aggregation", 2 * model_ms, 0.3, 200, 0, 30),
+    )
+    return Learned(model, jobs)
+
+
+def report(board: str, sequence: int = 9, **figures: int) -> Alive:
+    return Alive(1, sequence, board, True, "tiny", 0, 0, **{"expected_wait_ms": 0, **figures})
+
+
+def test_what_was_learned_at_an_earlier_start_holds_for_the_same_model() -> None:
+    rig = Rig(B, learned=learned(7_000))
+    assert rig.node.outlook(rig.now).proposal_ms == 7_000
+    assert rig.node.report(rig.now).proposal_ms == 7_000
+    assert rig.node.learned() == learned(7_000)
+    assert Rig(B, learned=learned(7_000, "other")).node.learned() is None
+
+
+def test_a_promise_that_cannot_be_kept_is_not_made() -> None:
+    rig = Rig(learned=learned(10_000), promise_ms=60_000)
+    for i in range(6):
+        rig.ask(0, 0, name=f"request-{i}", deadline_ms=600_000)
+    failed = rig.events(Failed)[0]
+    assert failed.code == "overloaded"
+    assert failed.position == len(rig.node.runs) < 6
+    assert failed.retry_after_ms >= 5_000
+    rig = Rig(learned=learned(100_000), promise_ms=60_000)
+    rig.ask(0, 0)  # a slow board that is idle is better than none
+    assert not rig.events(Failed)
+
+
+def test_once_full_some_is_worked_off_before_more_is_taken() -> None:
+    rig = Rig(own_requests=4)
+    for i in range(5):
+        rig.ask(0, 0, name=f"request-{i}")
+    assert rig.one(Failed).position == 4
+    for _ in range(2):
+        rig.done()
+        assert rig.node.refusal(rig.now) is not None
+    rig.done()
+    assert rig.node.refusal(rig.now) is None
+
+
+def test_when_to_come_back_follows_from_what_has_to_be_worked_off() -> None:
+    rig = Rig(own_requests=8, learned=learned(3_000))
+    for i in range(9):
+        rig.ask(0, 0, name=f"request-{i}", deadline_ms=600_000)
+    failed = rig.one(Failed)
+    assert failed.retry_after_ms == 5 * 3_000  # down to 3 of 8
+    for _ in range(5):
+        assert rig.node.refusal(rig.now) is not None
+        rig.now += 3_000
+        rig.done()
+    assert rig.node.refusal(rig.now) is None
+
+
+def test_who_wants_it_strictly_is_refused_instead_of_given_less() -> None:
+    rig = Rig(B)
+    rig.ask(1, 2, strict=True)
+    failed = rig.one(Failed)
+    assert failed.code == "overloaded"
+    assert "1 at hand" in failed.reason
+    assert not rig.node.runs
+    rig.clear()
+    rig.ask(1, 1, strict=True, name="request-2")
+    assert rig.one(Accepted).granted == Granted(1, 1)
+
+
+def test_a_full_peer_is_not_asked_and_less_is_granted() -> None:
+    rig = Rig(B, C, learned=learned())
+    full = {"expected_wait_ms": 9_000, "proposal_ms": 1_000, "utilisation_permille": 1_300}
+    rig.take(rig.node.receive(C, report("cc", **full), rig.now))
+    rig.ask(1, 2)
+    accepted = rig.one(Accepted)
+    assert accepted.granted == Granted(1, 1, "1 of 2 boards are full")
+    assert accepted.expected_ms > 0
+    assert [to for to, _ in rig.messages(Propose)] == [B]
+    assert rig.node.counters.degraded == 1
+
+
+def test_who_would_be_done_first_is_asked_counting_what_was_given_since() -> None:
+    rig = Rig(B, C, D)
+    for board, wait_ms in ((B, 0), (C, 2_500), (D, 90_000)):
+        figures = {"expected_wait_ms": wait_ms, "proposal_ms": 1_000}
+        rig.take(rig.node.receive(board, report(board, **figures), rig.now))
+    asked = []
+    for i in range(4):
+        rig.clear()
+        rig.ask(1, 1, name=f"request-{i}")
+        asked.append(rig.messages(Propose)[0][0])
+    assert asked[:2] == [B, B]
+    assert C in asked[2:]
+    assert D not in asked
+    rig.take(rig.node.receive(B, report("bb", 10, proposal_ms=1_000), rig.now))  # it has caught up
+    rig.clear()
+    rig.ask(1, 1, name="request-9")
+    assert rig.messages(Propose)[0][0] == B
+
+
+def test_a_slow_owner_leaves_proposing_to_its_peers() -> None:
+    for how, proposes in (("auto", 0), ("always", 1)):
+        rig = Rig(B, C, learned=learned(30_000), own_proposal=how)
+        for board in (B, C):
+            rig.take(rig.node.receive(board, report(board, proposal_ms=1_000), rig.now))
+        rig.ask(1, 2, deadline_ms=600_000)
+        assert len(rig.started) == proposes
+        assert rig.one(LayerStarted).boards == ("me", "bb", "cc")[1 - proposes :]
+        rig.propose(B, "from B")
+        rig.propose(C, "from C")
+        if proposes:
+            rig.done("own")
+        assert rig.started[-1].job.kind == "aggregation"
+        rig.done("all of it")
+        assert rig.one(Answered).text == "all of it"
+
+
+def test_the_aggregation_goes_to_a_board_that_is_much_faster() -> None:
+    rig = Rig(B, C, learned=learned(30_000), aggregator="auto", own_proposal="always")
+    for board, wait_ms in ((B, 20_000), (C, 0)):
+        figures = {"proposal_ms": 1_000, "expected_wait_ms": wait_ms}
+        rig.take(rig.node.receive(board, report(board, **figures), rig.now))
+    rig.ask(1, 2, deadline_ms=600_000)
+    rig.propose(B, "from B")
+    rig.propose(C, "from C")
+    rig.done("own")
+    to, question = rig.messages(Propose)[-1]
+    assert (to, question.layer, question.is_answer) == (C, 2, True)
+    assert question.sampling == Sampling(max_tokens=64)  # the user's, not a proposal's
+    assert rig.one(Aggregating) == Aggregating(3, "cc")
+    rig.propose(C, "the answer", layer=2)
+    answered = rig.one(Answered)
+    assert (answered.text, answered.note) == ("the answer", "")
+    assert rig.node.idle
+
+
+@pytest.mark.parametrize("how", ["declined", "gone", "late", "empty"])
+def test_an_aggregation_that_does_not_come_is_written_here(how: str) -> None:
+    rig = Rig(B, learned=learned(9_000), aggregator="strongest", layer_deadline_ms=20_000)
+    rig.take(rig.node.receive(B, report("bb", proposal_ms=1_000), rig.now))
+    rig.ask(1, 1, deadline_ms=600_000)
+    rig.propose(B, "from B")
+    rig.done("own")
+    assert rig.messages(Propose)[-1][1].is_answer
+    match how:
+        case "declined":
+            rig.take(rig.node.receive(B, Declined("request-1", 2, "busy"), rig.now))
+        case "gone":
+            rig.take(rig.node.receive(B, Leave(1), rig.now))
+        case "late":
+            for _ in range(21):
+                rig.tick(1_000, B)
+        case _:
+            rig.propose(B, "", layer=2)
+    assert rig.started[-1].job.kind == "aggregation"
+    assert "from B" in rig.started[-1].job.messages[-2].content
+    rig.done("here")
+    assert rig.one(Answered).text == "here"
+
+
+def test_what_was_wished_for_is_written_by_the_owner() -> None:
+    rig = Rig(B, learned=learned(30_000), aggregator="strongest", own_proposal="always")
+    rig.take(rig.node.receive(B, report("bb", proposal_ms=1_000), rig.now))
+    rig.ask(1, 1, deadline_ms=600_000, wishes=Wishes(schema="{}"))
+    rig.propose(B, "from B")
+    rig.done("own")
+    assert rig.started[-1].job.kind == "aggregation"
+
+
+def test_an_answer_for_a_peer_may_be_as_long_as_one_of_its_own() -> None:
+    rig = Rig(B, proposal_max_tokens=100, answer_max_tokens=300)
+    for layer, is_answer, most in ((1, False, 100), (2, True, 300)):
+        ask = Propose("request-9", layer, WHY, Sampling(max_tokens=2_000), 9_000, is_answer)
+        rig.take(rig.node.receive(B, ask, rig.now))
+        assert rig.started[-1].job.sampling.max_tokens == most
+        rig.done()
+
+
+def test_a_peers_job_that_would_come_too_late_is_declined_at_once() -> None:
+    rig = Rig(B, C, learned=learned(10_000))
+    for i in range(3):
+        ask = Propose(f"request-{i}", 1, WHY, Sampling(), 25_000)
+        rig.take(rig.node.receive((B, C)[i % 2], ask, rig.now))
+    ((to, declined),) = rig.messages(Declined)
+    assert to == B
+    assert declined.request_id == "request-2"
+    assert declined.retry_after_ms > 10_000
+
+
+def test_a_peers_job_whose_turn_comes_too_late_is_not_begun() -> None:
+    rig = Rig(B, C, learned=learned(10_000))
+    for i, board in enumerate((B, C)):
+        ask = Propose(f"request-{i}", 1, WHY, Sampling(), 25_000)
+        rig.take(rig.node.receive(board, ask, rig.now))
+    rig.now += 20_000  # the first one took twice its time
+    rig.done()
+    assert len(rig.started) == 1
+    ((to, declined),) = rig.messages(Declined)
+    assert (to, declined.request_id) == (C, "request-1")
+
+
+def test_prompts_are_bounded_in_bytes_own_and_peers_apart() -> None:
+    rig = Rig(B, C, queue_bytes=2 * limits.MIB, proposal_max_tokens=16)
+    long = (ChatMessage("user", "x" * 200 * limits.KIB),)
+    for i in range(9):
+        ask = Propose(f"request-{i}", 1, long, Sampling(), 900_000)
+        rig.take(rig.node.receive((B, C)[i % 2], ask, rig.now))
+    assert rig.node.queue.size_bytes(own=False) <= limits.MIB
+    assert 3 <= rig.node.peer_jobs() <= 5
+    for i in range(5):
+        request = Request(f"mine-{i}", long, 10, 0, 0, Sampling(max_tokens=64), 600_000)
+        rig.take(rig.node.submit(request, rig.now))
+    assert 2 <= len(rig.node.runs) < 5
+    assert rig.events(Failed)[0].code == "overloaded"
+
+
+def test_applications_take_turns_and_peers_are_not_shut_out() -> None:
+    rig = Rig(B)
+    for i in range(8):
+        rig.ask(0, 0, name=f"chatty-{i}", client="chatty")
+    rig.ask(0, 0, name="other-0", client="other")
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    order: list[str] = []
+    while rig.node.queue.running:
+        (work,) = rig.node.queue.running.values()
+        order.append(work.request_id)
+        rig.done()
+    assert order.index("other-0") < 4
+    assert order.index("request-9") < 6
+
+
+def test_the_status_says_how_busy_it_is_and_what_there_is_room_for() -> None:
+    rig = Rig(B, C, learned=learned(2_000))
+    for board, rho in ((B, 200), (C, 900)):
+        figures = {"proposal_ms": 1_000, "aggregation_ms": 2_000, "utilisation_permille": rho}
+        rig.take(rig.node.receive(board, report(board, **figures), rig.now))
+    status = snapshot(rig.node, rig.now)
+    assert status.utilisation == 0
+    plans = {(each.layers, each.proposers): each for each in status.headroom}
+    assert plans.keys() == {(2, 2), (2, 1), (1, 2), (1, 1), (0, 0)}
+    assert plans[0, 0].prompts_per_min == pytest.approx(30)  # 1 / 2 s
+    assert plans[1, 2].prompts_per_min == pytest.approx(6)  # C has a tenth of a job a second
+    assert plans[1, 2].limited_by == (C,)
+    assert status.caps["own"].requests == status.own_requests_cap
+    assert status.peers[1].utilisation == 0.9
+    for i in range(30):
+        rig.now += 10_000
+        rig.ask(0, 0, name=f"request-{i}")
+        rig.done()
+    busy = snapshot(rig.node, rig.now)
+    assert busy.prompts_per_min == pytest.approx(6, rel=0.2)
+    assert 0 < busy.utilisation < 0.3

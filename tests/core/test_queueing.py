@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgemoa.core.events import Job, WorkDone
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
-from edgemoa.core.queueing import LONGEST_WAIT_MS, PRIOR_SERVICE_MS, ServiceTimes, Work, WorkQueue
+from edgemoa.core.queueing import LONGEST_WAIT_MS, OWN_WEIGHT, Work, WorkQueue
 from edgemoa.core.rates import DecodeRate, PrefillRate, Rates
 
 ME, PEER = BoardId("me"), BoardId("peer")
@@ -18,19 +20,106 @@ def work(job_id: int, source: BoardId = PEER) -> Work:
     return Work(job, source, f"request-{job_id}", 1, arrived_ms=0, deadline_ms=1_000)
 
 
+def own(job_id: int, client: str = "", since_ms: int = 0) -> Work:
+    it = work(job_id, ME)
+    it.own, it.client, it.since_ms, it.size_bytes = True, client, since_ms, 7
+    return it
+
+
 def ids(queue: WorkQueue) -> list[int]:
     return [w.job.job_id for w in queue]
 
 
-def test_first_come_first_served_whoever_asks() -> None:
-    queue = WorkQueue()
-    assert [queue.add(work(1)), queue.add(work(2, ME)), queue.add(work(3))] == [0, 1, 2]
-    order = []
-    while (served := queue.next(5)) is not None:
+def served(queue: WorkQueue, most: int = 1_000) -> list[int]:
+    """The order in which jobs begin, one at a time."""
+    order: list[int] = []
+    while len(order) < most and (next_one := queue.next(5)) is not None:
         assert queue.next(5) is None  # one slot
-        order.append(served.job.job_id)
-        queue.end(served.job.job_id)
-    assert order == [1, 2, 3]
+        order.append(next_one.job.job_id)
+        queue.end(next_one.job.job_id)
+    return order
+
+
+def test_first_come_first_served_whoever_asks() -> None:
+    queue = WorkQueue("fcfs")
+    assert [queue.add(work(1)), queue.add(own(2, since_ms=-5)), queue.add(work(3))] == [0, 1, 2]
+    assert (queue.jobs(own=True), queue.jobs(own=False)) == (1, 2)
+    assert served(queue) == [1, 2, 3]
+
+
+def test_own_work_goes_first_within_a_bound() -> None:
+    queue = WorkQueue()
+    for i in range(40):
+        queue.add(work(i))
+        queue.add(own(100 + i))
+    order = served(queue)
+    for end in range(8, 48):  # where both wait, peers get their share, and no more
+        peers = sum(job_id < 100 for job_id in order[:end])
+        assert peers == pytest.approx(end / (OWN_WEIGHT + 1), abs=1)
+
+
+def test_who_did_not_come_for_a_while_has_no_credit() -> None:
+    queue = WorkQueue()
+    for i in range(40):
+        queue.add(work(i))
+    served(queue)
+    for i in range(40):
+        queue.add(work(i))
+        queue.add(own(100 + i))
+    assert sum(job_id < 100 for job_id in served(queue, 12)) in (2, 3)
+
+
+def test_a_busy_peer_does_not_starve_the_others() -> None:
+    queue = WorkQueue()
+    for i in range(30):
+        queue.add(work(i, BoardId("busy")))
+    served(queue, 10)
+    queue.add(work(100, BoardId("calm")))
+    queue.add(work(101, BoardId("rare")))
+    assert {100, 101} <= set(served(queue, 3))
+
+
+def test_a_chatty_application_does_not_starve_the_others() -> None:
+    queue = WorkQueue()
+    for i in range(30):
+        queue.add(own(i, client="chatty"))
+    for i in range(100, 103):
+        queue.add(own(i, client="other"))
+    assert {100, 101, 102} <= set(served(queue, 6))
+
+
+def test_what_belongs_to_the_older_prompt_goes_first() -> None:
+    queue = WorkQueue()
+    queue.add(own(1, since_ms=10))
+    queue.add(own(2, since_ms=20))
+    queue.add(own(3, since_ms=15))
+    assert served(queue) == [1, 3, 2]
+
+
+@given(st.lists(st.tuples(st.sampled_from("oabc"), st.integers(0, 2)), max_size=60))
+def test_nothing_is_lost_and_the_books_are_right(steps: list[tuple[str, int]]) -> None:
+    queue = WorkQueue()
+    queue.slots = 2
+    there: dict[int, Work] = {}
+    for number, (who, act) in enumerate(steps):
+        new = own(number) if who == "o" else work(number, BoardId(who))
+        queue.add(new)
+        there[number] = new
+        if act == 1 and (begun := queue.next(number)) is not None:
+            assert begun.job.job_id in there
+        if act == 2 and queue.running:
+            job_id = min(queue.running)
+            assert queue.end(job_id) is there.pop(job_id)
+    assert {each.job.job_id for each in queue} == there.keys()
+    for owns in (True, False):
+        mine = [each for each in there.values() if each.own is owns]
+        assert queue.jobs(own=owns) == len(mine)
+        assert queue.size_bytes(own=owns) == sum(each.size_bytes for each in mine)
+    queue.put_back()
+    queue.slots = 1
+    assert sorted(served(queue)) == sorted(there)
+    assert (len(queue), queue.size_bytes(own=True), queue.size_bytes(own=False)) == (0, 0, 0)
+    assert queue.expected_wait_ms(0, own=True) == 0
 
 
 def test_slots_bound_what_runs() -> None:
@@ -43,7 +132,7 @@ def test_slots_bound_what_runs() -> None:
         True,
         False,
     ]
-    assert queue.position(lambda w: w.job.job_id == 3) == 3
+    assert (len(queue), queue.waits) == (4, 2)
 
 
 def test_what_ran_when_the_engine_died_goes_first_again() -> None:
@@ -76,44 +165,68 @@ def done(model_ms: int, prompt_tokens: int = 100, cached_tokens: int = 0) -> Wor
     return WorkDone("", "stop", prompt_tokens, 50, 0, 9_999, cached_tokens, model_ms)
 
 
-def test_service_times_follow_what_is_measured() -> None:
-    times = ServiceTimes()
-    assert times.mean_ms("proposal") == PRIOR_SERVICE_MS
-    times.observe("proposal", done(1_000))
-    assert times.mean_ms("proposal") == 1_000
-    for _ in range(40):
-        times.observe("proposal", done(2_000))
-    assert 1_990 < times.mean_ms("proposal") <= 2_000
-    assert times.measured().keys() == {"proposal"}
-
-
-def test_what_a_job_takes_among_others_follows_from_the_engines_rates() -> None:
-    times = ServiceTimes()
-    times.rates = Rates(
-        prefill=(PrefillRate(100, 1.0),),
-        decode=tuple(DecodeRate(rows, 100, 8.0 + 2.0 * rows) for rows in (1, 2, 4)),
-    )
-    assert times.mean_ms("proposal") == PRIOR_SERVICE_MS  # no telling how large one is
-    read_ahead = msgspec.structs.replace(
-        done(1_000, prompt_tokens=120, cached_tokens=90), ahead_tokens=70
-    )
-    times.observe("proposal", read_ahead)
-    assert times.mean_ms("proposal") == pytest.approx(100 + 50 * 10, rel=0.02)
-    assert times.mean_ms("proposal", batch=4) == pytest.approx(100 + 50 * 4, rel=0.02)
-
-
 def test_expected_wait_is_what_the_work_ahead_takes_of_the_model() -> None:
     queue = WorkQueue()
-    queue.times.observe("proposal", done(1_000))
-    assert queue.expected_wait_ms() == 0
+    for _ in range(3):
+        queue.times.observe("proposal", done(1_000))
+    assert queue.expected_wait_ms(0, own=False) == 0
     for i in range(4):
         queue.add(work(i))
     # Shares of the model's time add up, however many jobs it works on at a time ...
     queue.slots = 2
-    assert queue.expected_wait_ms() == 4_000
+    assert queue.expected_wait_ms(0, own=False) == 4_000
     # ... but are smaller where more is done at a time.
-    queue.times.rates = Rates((PrefillRate(100, 0.0),), (DecodeRate(1, 0, 9), DecodeRate(2, 0, 10)))
-    assert queue.expected_wait_ms() == pytest.approx(4 * 50 * 5, rel=0.02)
+    rates = Rates((PrefillRate(100, 0.0),), (DecodeRate(1, 0, 9), DecodeRate(2, 0, 10)))
+    queue.times.measured_rates(rates)
+    assert queue.expected_wait_ms(0, own=False) == pytest.approx(4 * 50 * 5, rel=0.02)
     # Absurd figures end where other boards would no longer read what this one says.
-    queue.times.rates = Rates((PrefillRate(1, 1e9),), (DecodeRate(1, 1, 1e9),))
-    assert queue.expected_wait_ms() == LONGEST_WAIT_MS < 2**40
+    queue.times.measured_rates(Rates((PrefillRate(1, 1e9),), (DecodeRate(1, 1, 1e9),)))
+    assert queue.expected_wait_ms(0, own=False) == LONGEST_WAIT_MS < 2**40
+
+
+def test_own_work_waits_for_peers_only_as_far_as_they_have_their_turn() -> None:
+    queue = WorkQueue()
+    for _ in range(3):
+        queue.times.observe("proposal", done(1_000))
+    for i in range(30):
+        queue.add(work(i))
+    assert queue.expected_wait_ms(0, own=True) == 0
+    for i in range(100, 106):
+        queue.add(own(i))
+    assert queue.expected_wait_ms(0, own=True) == 6_000 + 6_000 / OWN_WEIGHT
+    assert queue.expected_wait_ms(0, own=False) == 36_000
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "left_ms"), [([1_000, 1_000, 1_000], 400), ([1, 3_000], 1_800)]
+)
+def test_what_a_running_job_still_takes_depends_on_how_jobs_vary(
+    times_ms: list[int], left_ms: int
+) -> None:
+    queue = WorkQueue()
+    for model_ms in times_ms * 10:
+        queue.times.observe("proposal", done(model_ms))
+    queue.add(work(1))
+    queue.next(1_000)
+    mean_ms = queue.times.mean_ms("proposal")
+    waits_ms = queue.expected_wait_ms(1_600, own=False)
+    if times_ms[0] == times_ms[1]:
+        assert waits_ms == 400
+    else:  # as good as memoryless
+        assert mean_ms - 100 < waits_ms <= round(mean_ms)
+
+
+def test_utilisation_is_what_comes_against_what_can_be_done() -> None:
+    queue = WorkQueue()
+    for _ in range(3):
+        queue.times.observe("proposal", done(1_000))
+        queue.times.observe("aggregation", done(3_000))
+    for i in range(0, 600, 2):  # every 4 s a peer's proposal, as often an aggregation of its own
+        for job in (work(i), own(i + 1)):
+            if job.own:
+                job.job = msgspec.structs.replace(job.job, kind="aggregation")
+            job.arrived_ms = i * 2_000
+            queue.add(job)
+    assert queue.utilisation(1_200_000, own=False) == pytest.approx(0.25, rel=0.05)
+    assert queue.utilisation(1_200_000, own=True) == pytest.approx(0.75, rel=0.05)
+    assert queue.utilisation(1_200_000) == pytest.approx(1.0, rel=0.05)

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from edgemoa.sim.scenario import FREE, PAPER
 from edgemoa.sim.world import InvariantError, Scenario, World
 
 STORM = Scenario(
@@ -51,6 +52,7 @@ def test_fifty_boards_in_a_storm_bit_for_bit() -> None:
 
 _AGAIN = """
 from tests.sim.test_world import STORM
+from edgemoa.sim.scenario import FREE, PAPER
 from edgemoa.sim.world import World
 print(World(STORM, seed=7).run().digest)
 """
@@ -107,8 +109,8 @@ def test_theorem_1_below_the_boundary_queues_are_bounded_and_above_they_grow() -
     layers, proposers = 1, 2
     boundary = 1 / ((proposers + 1) * layers + 1)
     calm = Scenario(boards=6, seconds=1_200, layers=layers, proposers=proposers,
-                    own_requests=1_000, peer_jobs=1_000, layer_deadline_s=50_000,
-                    deadline_s=80_000)  # fmt: skip
+                    own_requests=FREE, peer_jobs=FREE, layer_deadline_s=FREE,
+                    deadline_s=FREE, node=PAPER)  # fmt: skip
     below = World(replace(calm, prompts_per_s=0.7 * boundary), 1).run()
     above = World(replace(calm, prompts_per_s=1.3 * boundary), 1).run()
     assert below.utilisation == pytest.approx(0.7, abs=0.05)
@@ -120,7 +122,7 @@ def test_a_broken_invariant_is_noticed_and_says_how_to_see_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A node that takes one job more than its cap allows.
-    monkeypatch.setattr("edgemoa.core.node.Node._refusal", lambda *_: "")
+    monkeypatch.setattr("edgemoa.core.node.Node._peers_refusal", lambda *_: "")
     crowded = replace(STORM, boards=4, peer_jobs=1, prompts_per_s=0.5)
     with pytest.raises(InvariantError, match=r"seed 3, at \d+ ms"):
         World(crowded, 3).run()

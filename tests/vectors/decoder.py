@@ -28,6 +28,7 @@ class RefusedError(Exception):
 MIB = 1 << 20
 KIB = 1 << 10
 INT, FLOAT, STR, LIST = int, float, str, list
+BOOL = (bool, 0, 1)
 REQUEST_ID = (STR, 8, 64)
 LAYER = (INT, 1, 8)
 COUNT = (INT, 0, 2**31)
@@ -53,6 +54,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "messages": (LIST, 1, 512, TURN),
         "sampling": SAMPLING,
         "time_left_ms": MILLIS,
+        "is_answer": (*BOOL, False),
     },
     "queued": {
         "request_id": REQUEST_ID,
@@ -166,7 +168,7 @@ def fits(value: Any, rule: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise TypeError
-    size = value if kind in (INT, FLOAT) else len(value)
+    size = value if kind in (INT, FLOAT, bool) else len(value)
     if not low <= size <= high or (kind is FLOAT and math.isnan(value)):
         raise ValueError
     return [fits(v, rule[3]) for v in value] if kind is LIST else value
