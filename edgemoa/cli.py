@@ -316,18 +316,32 @@ def _status(arguments: argparse.Namespace) -> int:
         f"{show.seconds(status['expected_wait_ms'])} expected wait"
     )
     print(
+        f"load     {status['utilisation']:.0%} of what this board can do, "
+        f"{status['peers_utilisation']:.0%} for peers; "
+        f"{status['prompts_per_min']:.1f} prompts a minute of its own"
+    )
+    print(
         f"bounds   {status['prompts']} of {status['own_requests_cap']} own prompts, "
         f"{status['peer_jobs']} of {status['peer_jobs_cap']} peers' jobs"
     )
+    for whose, cap in status["caps"].items():
+        print(f"         {whose}: {show.cap(cap)}")
     for kind, milliseconds in status["service_ms"].items():
         print(f"average  {show.seconds(milliseconds)} of the model's time for a {kind}")
     if speed := show.speed(status["rates"]):
         print("speed    tokens a second, by context and jobs at a time")
         print("\n".join(f"         {line}" for line in speed.splitlines()))
+    names = {peer["id"]: peer["name"] for peer in status["peers"]} | {status["id"]: "this board"}
+    print("room     for more prompts a minute, by plan, and who limits it")
+    for each in status["headroom"]:
+        print(f"         {show.headroom(each, names)}")
     peers = status["peers"]
     print(f"peers    {sum(p['accepting'] for p in peers)} of {len(peers)} at hand")
     for peer in peers:
-        print(f"         {peer['name']}: {peer['presence']}, {peer['waiting']} waiting")
+        print(
+            f"         {peer['name']}: {peer['presence']}, {peer['waiting']} waiting, "
+            f"{peer['utilisation']:.0%} loaded, {show.seconds(peer['proposal_ms'])} a proposal"
+        )
     return 0
 
 

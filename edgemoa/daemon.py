@@ -158,12 +158,13 @@ class Daemon:
             tune_s=0.0 if tuned or config.model.threads else FIRST_TUNING_S,
             ends_loops=config.model.end_loops,
         )
+        queue_bytes = _queue_bytes(config.queue.memory_mb)
         settings = NodeSettings(
             name=name,
             boot=boot,
             own_requests=_bound(config.queue.own_requests),
             peer_jobs=_bound(config.queue.peer_jobs),
-            queue_bytes=_queue_bytes(config.queue.memory_mb),
+            queue_bytes=queue_bytes - queue_bytes // 3,
             promise_ms=config.moa.promise_s * 1000,
             pick=config.queue.pick,
             own_proposal=config.queue.own_proposal,
@@ -178,7 +179,7 @@ class Daemon:
         )
         rng = Random(chance.getrandbits(64))
         self._node = Node(identity.board_id, settings, rng, self._now_ms())
-        api = Api(self, config.socket_path(), config.api.socket_mode)
+        api = Api(self, config.socket_path(), config.api.socket_mode, queue_bytes // 3)
         await api.start()
         stack.push_async_callback(api.stop)
         stack.push_async_callback(self._network.stop)
@@ -572,7 +573,8 @@ def _bound(setting: int | Literal["auto"]) -> int | None:
 
 
 def _queue_bytes(memory_mb: int) -> int:
-    """What prompts and proposals may take up here."""
+    """What prompts and proposals may take up here: a third each for its own, for peers', and for
+    requests that arrive."""
     if memory_mb:
         return memory_mb * limits.MIB
     return min(available_bytes() // 8, MOST_QUEUE_BYTES)

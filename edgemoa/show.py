@@ -87,7 +87,8 @@ def _progress(event: dict[str, Any]) -> Iterator[str]:
             out = event["left_out"]
             yield f"layer {out['layer']}: {out['board']} left out: {out['reason']}"
         case "aggregating":
-            yield f"aggregating {event['proposals']} proposals"
+            whom = f", by {event['board']}" if event.get("board") else ""
+            yield f"aggregating {event['proposals']} proposals{whom}"
 
 
 def summary(answered: dict[str, Any]) -> str:
@@ -155,6 +156,24 @@ def speed(rates: dict[str, Any]) -> str:
         for below, line in sorted(lines.items())
     ]
     return table([head, *body])
+
+
+def cap(bound: dict[str, Any]) -> str:
+    """How many requests are taken, and why so many."""
+    set_to = "" if bound["setting"] is None else f", set {bound['setting']}"
+    return (
+        f"memory {bound['memory']}, latency {bound['latency']}, blocking {bound['blocking']}{set_to}"
+        f" ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
+        f" {seconds(bound['promise_ms'])} of {seconds(bound['service_ms'])},"
+        f" variation {bound['scv'] ** 0.5:.1f})"
+    )
+
+
+def headroom(room: dict[str, Any], names: dict[str, str]) -> str:
+    """How many more prompts a minute there is room for with a plan, and who limits it."""
+    plan = f"M={room['layers']} k={room['proposers']}" if room["layers"] else "alone  "
+    limits = ", ".join(_harmless(names.get(each, each[:7])) for each in room["limited_by"])
+    return f"{plan}  {max(room['prompts_per_min'], 0):6.1f}  {limits}"
 
 
 def report(answered: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from figures import Row, row, say  # beside this file
 from paper_table import ALPHA_S, BOARDS, TABLE, Bursts, Measured, burst
 
 from edgemoa.core import stability
+from edgemoa.core.admission import RESUME
 from edgemoa.sim.scenario import PARTS, Arrival, Distribution, Outcome, Scenario
 from edgemoa.sim.world import World
 
@@ -27,7 +28,7 @@ PLANS: Final = ((0, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3))  # layer
 OVERLOADS: Final = (1.06, 1.1, 1.15, 1.2)  # of what Theorem 1 allows, at which growth is measured
 LEFT_OUT: Final = PARTS // 5  # of the parts, while queues are still empty at times
 LOADS: Final = (0.6, 0.8, 0.95)
-FULL_SHARES: Final = (0.05, 0.01)  # predicted, of the queues that are simulated
+FULL_SHARES: Final = (0.1, 0.03)  # refused by the queues that are simulated, as predicted
 RUNS: Final = 4_000  # of a row of Table I
 PAIRS: Final = 60  # of them that are simulated as well
 
@@ -179,13 +180,18 @@ def boundaries(
     return [boundary(found[i * each : (i + 1) * each], m, k) for i, (m, k) in enumerate(PLANS)]
 
 
-def theorem_1(seconds: float = 3_000, distribution: Distribution = "fixed") -> list[Row]:
-    """The load at which queues start to grow, against Theorem 1: the worst plan, and all."""
+def theorem_1(seconds: float = 4_000, distribution: Distribution = "fixed") -> list[Row]:
+    """The load at which queues start to grow, against Theorem 1: the worst plan, and all.
+
+    There is a bound to keep for fixed service only: exponential service needs ten times as long to
+    come as near, by its own chance.
+    """
     found = boundaries(seconds, distribution)
     worst = max(found, key=lambda each: abs(each.off))
     told = ", ".join(f"{each.layers},{each.proposers}: {each.off:+.1%}" for each in found)
     name = f"Theorem 1: where queues start to grow, {distribution} service"
-    return [row(name, 100 * abs(worst.off), "%", 3, f"off at most; M,k {told}; aim 1")]
+    reach = 3 if distribution == "fixed" else None
+    return [row(name, 100 * abs(worst.off), "%", reach, f"off at most; M,k {told}; aim 1")]
 
 
 # --- Table I
@@ -249,7 +255,8 @@ class Full:
     load: float
     places: int
     predicted: float
-    two_moments: float
+    at_once: float  # predicted of a queue that takes jobs again as soon as a place is free
+    two_moments: float  # MacGregor Smith's form, of the same
     simulated: float
 
     @property
@@ -267,14 +274,15 @@ LAWS: Final[dict[str, tuple[Distribution, float]]] = {
 
 
 def full(law: str, load: float, share: float, prompts: int, seed: int) -> Full | None:
-    """Fill the queue that is predicted to be full for about a ``share`` of all prompts, on several
-    boards that know nothing of each other. None where no queue of 200 places is that seldom full.
+    """Fill the node's queue of prompts that is predicted to refuse about a ``share`` of them, on
+    several boards that know nothing of each other. None where no queue of 200 places refuses so
+    few.
     """
     distribution, cv = LAWS[law]
-    places = stability.places_for(load, cv * cv, share, 200)
+    places = stability.places_for(load, cv * cv, share, 200, RESUME)
     if places is None:
         return None
-    boards = 8
+    boards = 4
     seconds = prompts / load / boards
     arrivals = poisson(load, boards, seconds, seed)
     what = scenario(0, 0, boards=boards, seconds=seconds, arrivals=arrivals,
@@ -284,6 +292,7 @@ def full(law: str, load: float, share: float, prompts: int, seed: int) -> Full |
         law,
         load,
         places,
+        stability.blocking(load, cv * cv, places, RESUME),
         stability.blocking(load, cv * cv, places),
         stability.two_moment_blocking(load, cv * cv, places),
         found.refused / found.asked,
@@ -300,14 +309,15 @@ def queues(prompts: int) -> list[Full]:
         return [each for each in found if each is not None]
 
 
-def blocking(prompts: int = 60_000) -> list[Row]:
+def blocking(prompts: int = 80_000) -> list[Row]:
     """How far the prediction of a bounded queue is off at most; and MacGregor Smith's."""
     found = queues(prompts)
     worst = max(found, key=lambda each: abs(each.off))
     smith = max(found, key=lambda each: abs(each.two_moments / each.simulated - 1))
     where = f"{worst.law} at rho {worst.load:g} with {worst.places} places: "
     note = f"off at most; {where}{worst.predicted:.3%} for {worst.simulated:.3%}; aim 10"
-    theirs = f"off at most; {smith.law} at rho {smith.load:g} with {smith.places} places"
+    where = f"{smith.law} at rho {smith.load:g} with {smith.places} places"
+    theirs = f"off at most; {where}; it knows of no draining"
     return [
         row("blocking predicted, rho .6-.95", 100 * abs(worst.off), "%", 25, note),
         row("  by the two-moment form, for comparison",

@@ -19,6 +19,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S: Final = 10.0  # a stream says something at least so often, or clients give up
 STOP_GRACE_S: Final = 2.0
 READ_S: Final = 30.0  # for a request to arrive
+READ_AHEAD_BYTES: Final = 16 * limits.KIB  # of a connection, before anybody asked for them
+TAKE_S: Final = 60.0  # for a client to take a part of its answer; what is written waits in memory
 MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
 
 COPY_S: Final = 10.0  # for a client to take a piece of a copied file, of 64 KiB
@@ -141,10 +144,16 @@ def failure(failed: Failed) -> EdgemoaError:
 
 
 class Api:
-    """The listening side. ``start`` and ``stop`` once each."""
+    """The listening side. ``start`` and ``stop`` once each.
 
-    def __init__(self, service: Service, path: Path, mode: int) -> None:
+    :param arriving_bytes: that requests may take, all together, until they are accepted or refused.
+    """
+
+    def __init__(
+        self, service: Service, path: Path, mode: int, arriving_bytes: int = 8 * limits.MIB
+    ) -> None:
         self._service = service
+        self._room = _Room(arriving_bytes)
         self._path = path
         self._mode = mode
         self._runner: web.AppRunner | None = None
@@ -174,6 +183,7 @@ class Api:
             access_log=None,
             handler_cancellation=True,  # a client that goes away frees what works for it
             shutdown_timeout=STOP_GRACE_S,
+            read_bufsize=READ_AHEAD_BYTES,
             max_line_size=8 * limits.KIB,
             max_field_size=8 * limits.KIB,
         )
@@ -291,7 +301,39 @@ class Api:
             self._copying.discard(transport)
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
-        ask = openai.decode_chat_request(await self._read(http))
+        with _Place(self._room) as place:
+            form, request = await self._arrive(http, place)
+        async with contextlib.aclosing(_Events(self._service.events(request))) as events:
+            first = await events.next()
+            if isinstance(first, Failed):
+                raise failure(first)
+            if form.stream:
+                return await _Stream(http, request.request_id, form).send(first, events)
+            told: list[TokenLogprob] | None = [] if request.wishes.logprobs >= 0 else None
+            while True:
+                match event := await events.next():
+                    case Text(logprobs=logprobs) if told is not None:
+                        told += logprobs
+                    case Answered():
+                        created = int(time.time())
+                        response = _json(
+                            openai.completion(request.request_id, created, form.model, event, told)
+                        )
+                        async with _taken(http):
+                            await response.prepare(http)
+                            await response.write_eof()
+                        return response
+                    case Failed():
+                        raise failure(event)
+                    case _:
+                        pass
+
+    async def _arrive(self, http: web.Request, place: _Place) -> tuple[_Form, Request]:
+        """Read a prompt, and see whether it can be taken. Of all that was sent only what the board
+        needs is left in memory then."""
+        if refusal := self._service.refusal():
+            raise failure(refusal)  # before anything is read
+        ask = openai.decode_chat_request(await self._read(http, place))
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
         layers, proposers = ask.plan(self._service.own_model()[0], layers, proposers)
         sampling = ask.sampling(max_tokens, secrets.randbits(31))
@@ -316,32 +358,23 @@ class Api:
             strict=ask.edgemoa.strict,
             client=_client(http),
         )
-        async with contextlib.aclosing(_Events(self._service.events(request))) as events:
-            first = await events.next()
-            if isinstance(first, Failed):
-                raise failure(first)
-            if ask.stream:
-                return await _Stream(http, request.request_id, ask).send(first, events)
-            told: list[TokenLogprob] | None = [] if wishes.logprobs >= 0 else None
-            while True:
-                match event := await events.next():
-                    case Text(logprobs=logprobs) if told is not None:
-                        told += logprobs
-                    case Answered():
-                        return _json(
-                            openai.completion(
-                                request.request_id, int(time.time()), ask.model, event, told
-                            )
-                        )
-                    case Failed():
-                        raise failure(event)
-                    case _:
-                        pass
+        return _Form.of(ask), request
 
-    async def _read(self, http: web.Request) -> bytes:
+    async def _read(self, http: web.Request, place: _Place) -> bytes:
+        """The body, whose bytes are given room before they are read, or at least as they come."""
+        body = bytearray()
+        size = http.content_length or 0  # of one that is encoded, the least
         try:
             async with asyncio.timeout(READ_S):
-                return await http.read()
+                while True:
+                    if size > limits.MAX_BODY_BYTES:
+                        raise web.HTTPRequestEntityTooLarge(limits.MAX_BODY_BYTES, size)
+                    place.take(size)
+                    piece = await http.content.readany()
+                    if not piece:
+                        return bytes(body)
+                    body += piece
+                    size = max(size, len(body))
         except TimeoutError:
             raise UserError("the request did not arrive in time", hint="send it faster") from None
 
@@ -391,6 +424,73 @@ class _Refused(asyncio.Protocol):
         transport.abort()
 
 
+@dataclass(slots=True)
+class _Room:
+    """Bytes for requests that are neither accepted nor refused yet; then the board counts them."""
+
+    most_bytes: int
+    taken_bytes: int = 0
+
+
+class _Place:
+    """One request's part of the room, until it is left."""
+
+    def __init__(self, room: _Room) -> None:
+        self._room = room
+        self._bytes = 0
+
+    def __enter__(self) -> _Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._room.taken_bytes -= self._bytes
+
+    def take(self, size: int) -> None:
+        """Have ``size`` bytes in all. One request alone has room, whatever its size.
+
+        :raises OverloadedError: they are not to be had beside those of others.
+        """
+        others = self._room.taken_bytes - self._bytes
+        if others and others + size > self._room.most_bytes:
+            raise OverloadedError(
+                "the requests that arrive take up all the memory there is for them",
+                hint="try again in 1 s",
+            )
+        self._room.taken_bytes = others + size
+        self._bytes = size
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How an answer is told."""
+
+    model: str
+    stream: bool
+    events: bool
+    usage: bool
+
+    @classmethod
+    def of(cls, ask: openai.ChatRequest) -> _Form:
+        """As it was asked for."""
+        options, events = ask.stream_options, ask.edgemoa.events
+        usage = events or (options is not None and options.include_usage)
+        return cls(ask.model, bool(ask.stream), events, usage)
+
+
+@contextlib.asynccontextmanager
+async def _taken(http: web.Request) -> AsyncIterator[None]:
+    """Bounds the time that a client takes for what is written to it meanwhile; one that does not
+    read is left."""
+    try:
+        async with asyncio.timeout(TAKE_S):
+            yield
+    except TimeoutError:
+        log.info("a client does not read its answer")
+        if http.transport is not None:
+            http.transport.abort()
+        raise ConnectionResetError from None
+
+
 class _Events:
     """A request's events, with a way to wait for the next for a bounded time only."""
 
@@ -425,10 +525,10 @@ class _Events:
 class _Stream:
     """One answer as server-sent events."""
 
-    def __init__(self, http: web.Request, request_id: str, ask: openai.ChatRequest) -> None:
+    def __init__(self, http: web.Request, request_id: str, form: _Form) -> None:
         self._http = http
         self._id = request_id
-        self._ask = ask
+        self._form = form
         self._created = int(time.time())
         self._response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
@@ -442,7 +542,7 @@ class _Stream:
             event = await events.next_within(KEEP_ALIVE_S)
             match event:
                 case None:
-                    await self._response.write(b": working\n\n")
+                    await self._write(b": working\n\n")
                 case Text(text=text, logprobs=logprobs):
                     await self._chunk(openai.Delta(content=text), logprobs=logprobs)
                 case Answered():
@@ -453,14 +553,15 @@ class _Stream:
                     break
                 case _:
                     await self._progress(event)
-        await self._response.write_eof()
+        async with _taken(self._http):
+            await self._response.write_eof()
         return self._response
 
     async def _progress(self, event: RequestEvent) -> None:
-        if self._ask.edgemoa.events:
+        if self._form.events:
             await self._data(openai.encode(self._new([], edgemoa=event)))
         elif not isinstance(event, Accepted):
-            await self._response.write(b": working\n\n")
+            await self._write(b": working\n\n")
 
     async def _chunk(
         self,
@@ -476,18 +577,21 @@ class _Stream:
 
     async def _end(self, answered: Answered) -> None:
         await self._chunk(openai.Delta(), openai.finish_reason(answered))
-        options = self._ask.stream_options
-        if self._ask.edgemoa.events or (options is not None and options.include_usage):
+        if self._form.usage:
             last = self._new([], edgemoa=answered)
             last.usage = openai.usage(answered)
             await self._data(openai.encode(last))
         await self._data(b"[DONE]")
 
     def _new(self, choices: list[openai.ChunkChoice], **more: Any) -> openai.Chunk:
-        return openai.Chunk(self._id, self._created, self._ask.model, choices, **more)
+        return openai.Chunk(self._id, self._created, self._form.model, choices, **more)
 
     async def _data(self, data: bytes) -> None:
-        await self._response.write(b"data: " + data + b"\n\n")
+        await self._write(b"data: " + data + b"\n\n")
+
+    async def _write(self, data: bytes) -> None:
+        async with _taken(self._http):
+            await self._response.write(data)
 
 
 def _peer_model(http: web.Request) -> tuple[BoardId, str]:

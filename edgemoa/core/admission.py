@@ -27,7 +27,7 @@ FULL: Final = 0.95  # utilisation from which on a board with a backlog is given 
 NOT_FULL: Final = 0.85  # below which it is again, or
 BACKLOG_JOBS: Final = 2.0  # a wait of so many jobs is a backlog,
 NO_BACKLOG_JOBS: Final = 1.0  # and one of fewer is none any more
-RESUME: Final = 0.5  # of a cap: once it was reached, so far down the queue is drained first.
+RESUME: Final = 1 / 3  # of a cap: once it was reached, so far down the queue is drained first.
 # Who is told when to come back can be told well only where several prompts have to end till then.
 SLOW_OWNER: Final = 2.0  # who would propose so many times as late as its peers leaves it to them
 SIGMAS: Final = 2.5  # by which a prediction is doubted
@@ -89,7 +89,7 @@ def cap(
 
 @lru_cache(maxsize=256)
 def _places(scv: float) -> int:
-    found = places_for(DESIGN_UTILISATION, scv, BLOCKING, MOST_PLACES)
+    found = places_for(DESIGN_UTILISATION, scv, BLOCKING, MOST_PLACES, RESUME)
     return MOST_PLACES if found is None else found
 
 

@@ -196,8 +196,10 @@ class Arrivals:
         """The rate at which they come, per ms."""
         if not self.total:
             return 0.0
-        span_ms = max(now_ms - self._start_ms, LEAST_SPAN_MS)
-        seen = 1.0 if span_ms > LONG_MS else -math.expm1(-span_ms / HORIZON_MS)
+        span_ms = now_ms - self._start_ms
+        if span_ms > LONG_MS:
+            return self._faded(now_ms) / HORIZON_MS
+        seen = -math.expm1(-max(span_ms, LEAST_SPAN_MS) / HORIZON_MS)
         return self._faded(now_ms) / (HORIZON_MS * seen)
 
     @property

@@ -169,19 +169,14 @@ class Node:
         if request.request_id in self.runs:
             raise ValueError("a request id is used once")
         self.prompts.observe(now_ms)
-        refusal = self.refusal(now_ms)
-        if refusal is not None:
-            return self._refuse(request, refusal)
-        asked, promise_ms = self._asked(request), self._promise_ms(request)
-        candidates = self._candidates(asked.proposers, ())
-        grant = self._grant(asked, candidates, promise_ms, now_ms)
+        decided = self.decide(request, now_ms)
+        if isinstance(decided, Failed):
+            self.counters.refused += 1
+            self._effects.append(Tell(request.request_id, decided))
+            return self._flush()
+        grant, candidates = decided
         granted = Granted(grant.plan.layers, grant.plan.proposers, grant.why)
-        refusal = self._broken_promise(grant, promise_ms, now_ms)
-        if refusal is None and request.strict and granted.why:
-            retry_ms = self._drain_ms(now_ms) if candidates else 0
-            refusal = Failed("overloaded", f"only less can be had now: {granted.why}", retry_ms)
-        if refusal is not None:
-            return self._refuse(request, refusal)
+        promise_ms = self._promise_ms(request)
         run = Run(
             request,
             granted,
@@ -206,10 +201,20 @@ class Node:
             self._conclude(run, now_ms)
         return self._settle(now_ms)
 
-    def _refuse(self, request: Request, refusal: Failed) -> list[Effect]:
-        self.counters.refused += 1
-        self._effects.append(Tell(request.request_id, refusal))
-        return self._flush()
+    def decide(self, request: Request, now_ms: int) -> tuple[Grant, list[Outlook]] | Failed:
+        """With which plan a prompt would be accepted, and the peers that could be asked; or why it
+        would not be. Changes nothing but chance."""
+        refusal = self.refusal(now_ms)
+        if refusal is not None:
+            return refusal
+        asked, promise_ms = self._asked(request), self._promise_ms(request)
+        candidates = self._candidates(asked.proposers, ())
+        grant = self._grant(asked, candidates, promise_ms, now_ms)
+        refusal = self._broken_promise(grant, promise_ms, now_ms)
+        if refusal is None and request.strict and grant.why:
+            retry_ms = self._drain_ms(now_ms) if candidates else 0
+            refusal = Failed("overloaded", f"only less can be had now: {grant.why}", retry_ms)
+        return refusal or (grant, candidates)
 
     def refusal(self, now_ms: int) -> Failed | None:
         """Why no prompt at all would be accepted now; None if one would be.

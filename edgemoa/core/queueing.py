@@ -93,6 +93,7 @@ class WorkQueue:
         self._own, self._peers = _Class(OWN_WEIGHT), _Class(1.0)
         self._virtual = 0.0
         self._sequence = 0
+        self._jobs = 0
         self._tallies = {True: _Tally(start_ms), False: _Tally(start_ms)}  # own, peers'
 
     def __iter__(self) -> Iterator[Work]:
@@ -112,10 +113,10 @@ class WorkQueue:
     @property
     def waits(self) -> int:
         """How many jobs have not begun."""
-        return len(self) - len(self.running)
+        return self._jobs - len(self.running)
 
     def __len__(self) -> int:
-        return self._tallies[True].jobs + self._tallies[False].jobs
+        return self._jobs
 
     def jobs(self, *, own: bool) -> int:
         """Jobs of one class, waiting or running."""
@@ -134,13 +135,14 @@ class WorkQueue:
         tally = self._tallies[work.own]
         tally.arrivals[work.job.kind].observe(work.arrived_ms)
         tally.jobs += 1
+        self._jobs += 1
         tally.size_bytes += work.size_bytes
         self._insert(work)
         return before
 
     def next(self, now_ms: int) -> Work | None:
         """Move the job whose turn it is to running, if a slot is free."""
-        if len(self.running) >= self.slots:
+        if self._jobs == len(self.running) or len(self.running) >= self.slots:
             return None
         each = self._turn()
         if each is None:
@@ -208,8 +210,11 @@ class WorkQueue:
         return min(round(wait_ms), LONGEST_WAIT_MS)
 
     def _waiting_ms(self, own: bool, batch: int) -> float:
-        waiting = self._tallies[own].waiting
-        return sum(n * self.times.mean_ms(kind, batch) for kind, n in waiting.items() if n)
+        total_ms = 0.0
+        for kind, jobs in self._tallies[own].waiting.items():
+            if jobs:
+                total_ms += jobs * self.times.mean_ms(kind, batch)
+        return total_ms
 
     def _remaining_ms(self, now_ms: int, batch: int) -> float:
         """What running jobs still take of the model. Of one that takes always the same it is known;
@@ -268,4 +273,5 @@ class WorkQueue:
     def _forget(self, work: Work) -> None:
         tally = self._tallies[work.own]
         tally.jobs -= 1
+        self._jobs -= 1
         tally.size_bytes -= work.size_bytes

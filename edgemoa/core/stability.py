@@ -337,42 +337,43 @@ def _refused(load: float, scv: float, resume: float) -> Iterator[float]:
     """What :func:`blocking` says for 1, 2, ... places.
 
     A queue that departures leave empty with chance pi_0 serves a job every E[S] + pi_0 / lambda, so
-    P_K = 1 - 1 / (pi_0 + rho). States have weights u_n, that of 0 being 1. Where the queue is full
-    f times (in the same units) and closed until R jobs are left, each state K - 1 ... R + 1 of the
-    closed queue weighs f, and what flows down by them need not flow down by open states: those
-    weigh u_n - f w_(n - R). That none is open with K - 1 jobs left behind gives f.
+    P_K = 1 - 1 / (pi_0 + rho). Without a share to resume at, states have weights u_n, that of 0
+    being 1. If a job is refused f times (in the same units) by a queue that was open, and none is
+    taken until R are left, each state K - 1 ... R + 1 of the closed queue weighs f. What flows down
+    by those need not flow down by open states, which weigh u_n - f w_(n-R); and that so many do
+    close it from the open ones says f = u_K / w_(K-R).
     """
-    none = math.exp(-load) if scv * load < 1e-9 else (1 + load * scv) ** (-1 / scv)
+    none = math.exp(-load) if scv < 1e-9 else math.exp(-math.log1p(load * scv) / scv)
     if none < 1 / CERTAIN:  # never empty once it has begun
         yield load / (1 + load)
         while True:
             yield 1 - 1 / load
     opened, closed = _weights(load, scv, none, 0), _weights(load, scv, none, 1)
-    total = last = 1.0  # of u_0 ... u_(K-1), and the last of them
+    total = 1.0  # of u_0 ... u_(K-1)
     relieved, relief = [0.0], [0.0]  # sums of w_1 ... w_m, and w_m
     for places in count(1):
         left = max(0, min(math.ceil(resume * places), places) - 1)
         closed_states = places - 1 - left
-        while len(relief) <= closed_states:
+        while len(relief) <= closed_states + 1:
             relief.append(next(closed))
             relieved.append(relieved[-1] + relief[-1])
+        following = next(opened)  # u_K
         weight = total
         if closed_states and total < CERTAIN:
-            fulls = last / relief[closed_states]
-            weight += fulls * (closed_states - relieved[closed_states])
+            refused = following / relief[closed_states + 1]
+            weight += refused * (closed_states - relieved[closed_states])
         idle = 1 / weight if weight < CERTAIN else 0.0
         yield max(0.0, 1 - 1 / (idle + load)) if idle + load > 0 else 0.0
-        last = next(opened)
-        total += last
+        total += following
 
 
 def _weights(load: float, scv: float, none: float, least: float) -> Iterator[float]:
-    """x_1, x_2, ... of x_(n+1) a_0 = max(P(A > n), least) + sum_(i=1..n) x_i P(A > n + 1 - i), where
-    A arrive during a service and a_0 = P(A = 0) is ``none``.
+    """x_1, x_2, ... of x_(n+1) a_0 = max(P(A > n), least) + sum_(i=1..n) x_i P(A > n + 1 - i),
+    where A arrive during a service and a_0 = P(A = 0) is ``none``.
 
-    With 0 for ``least`` these are the weights of 1, 2, ... jobs left behind, next to that of 0 being
-    1: as many go up across each cut between n and n + 1 as go down. Nothing is subtracted, so
-    nothing is lost. The ratio of neighbours settles: from there on it is taken for constant.
+    With 0 for ``least`` these are the weights u_n of n jobs left behind, since as many go up across
+    each cut between n and n + 1 as go down; with 1, the w_n. Nothing is subtracted, so nothing is
+    lost. The ratio of neighbours settles: from there on it is taken for constant.
     """
     spread = 1 + load * scv
     exactly, at_most = none, none  # P(A = n) and P(A <= n)

@@ -15,6 +15,7 @@ from edgemoa.core.admission import (
     BLOCKING,
     DESIGN_UTILISATION,
     FULL,
+    RESUME,
     Cap,
     Grant,
     Ladder,
@@ -70,8 +71,8 @@ def bound(**changes: Any) -> Cap:
 def test_a_cap_is_the_least_of_its_reasons() -> None:
     by_blocking = bound()
     assert by_blocking.requests == by_blocking.blocking
-    assert stability.blocking(DESIGN_UTILISATION, 1.0, by_blocking.blocking) <= BLOCKING
-    assert stability.blocking(DESIGN_UTILISATION, 1.0, by_blocking.blocking - 1) > BLOCKING
+    assert stability.blocking(DESIGN_UTILISATION, 1.0, by_blocking.blocking, RESUME) <= BLOCKING
+    assert stability.blocking(DESIGN_UTILISATION, 1.0, by_blocking.blocking - 1, RESUME) > BLOCKING
     assert bound(promise_ms=5_500).requests == 5
     assert bound(usual_bytes=2.0**27).requests == 8
     assert bound(setting=3).requests == 3

@@ -989,8 +989,8 @@ def test_when_to_come_back_follows_from_what_has_to_be_worked_off() -> None:
     for i in range(9):
         rig.ask(0, 0, name=f"request-{i}", deadline_ms=600_000)
     failed = rig.one(Failed)
-    assert failed.retry_after_ms == 5 * 3_000  # down to 3 of 8
-    for _ in range(5):
+    assert failed.retry_after_ms == 6 * 3_000  # down to 2 of 8
+    for _ in range(6):
         assert rig.node.refusal(rig.now) is not None
         rig.now += 3_000
         rig.done()

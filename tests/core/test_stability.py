@@ -173,21 +173,22 @@ def test_waiting() -> None:
 
 
 def simulated_blocking(
-    load: float, draw: Callable[[], float], places: int, jobs: int, rng: Random
+    load: float, draw: Callable[[], float], places: int, rng: Random, *, resume: float = 1.0
 ) -> float:
-    """The share that is refused of so many jobs."""
-    now, last, refused = 0.0, 0.0, 0
+    """The share that is refused of many jobs."""
+    now, last, refused, refusing = 0.0, 0.0, 0, False
     there = deque[float]()  # when those will leave that are there
-    for _ in range(jobs):
+    for _ in range(150_000):
         now += rng.expovariate(load)
         while there and there[0] <= now:
             there.popleft()
-        if len(there) >= places:
+        refusing = len(there) >= (resume * places if refusing and there else places)
+        if refusing:
             refused += 1
             continue
         last = max(last, now) + draw()
         there.append(last)
-    return refused / jobs
+    return refused / 150_000
 
 
 @pytest.mark.parametrize("load", [0.6, 0.8, 0.95])
@@ -204,8 +205,27 @@ def test_blocking_against_simulation(load: float, kind: str) -> None:
     }[kind]
     places = stability.places_for(load, scv, 0.04, 100)
     assert places is not None
-    simulated = simulated_blocking(load, draw, places, 150_000, rng)
+    simulated = simulated_blocking(load, draw, places, rng)
     assert stability.blocking(load, scv, places) == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("resume", [0.75, 0.3])
+@pytest.mark.parametrize(("load", "cv", "places"), [(0.6, 1, 6), (0.8, 0, 5), (0.95, 1.5, 16)])
+def test_blocking_where_a_full_queue_is_drained_first(
+    load: float, cv: float, places: int, resume: float
+) -> None:
+    rng = Random(f"{load} {resume}")
+    shape = 1 / (cv * cv) if cv else 0.0
+    simulated = simulated_blocking(
+        load, lambda: rng.gammavariate(shape, 1 / shape) if cv else 1.0, places, rng, resume=resume
+    )
+    predicted = stability.blocking(load, cv * cv, places, resume)
+    assert predicted == pytest.approx(simulated, rel=0.1)
+    assert predicted > 1.1 * stability.blocking(load, cv * cv, places)
+    # Which takes some places more.
+    assert (stability.places_for(load, cv * cv, 0.001, 200, resume) or 0) > (
+        stability.places_for(load, cv * cv, 0.001, 200) or 200
+    )
 
 
 def test_blocking_of_the_design_notes() -> None:
