@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -71,6 +72,8 @@ ASKED_AT_A_TIME: Final = 16
 LAG_PROBE_S: Final = 0.05
 LEARNED_KEPT_EVERY_S: Final = 1_800.0  # a storage card wears out
 MOST_QUEUE_BYTES: Final = 64 * limits.MIB
+_M_MMAP_THRESHOLD: Final = -3  # of glibc's mallopt
+_LARGE_BYTES: Final = 128 * limits.KIB  # of a piece of memory
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
 
@@ -572,6 +575,13 @@ def _bound(setting: int | Literal["auto"]) -> int | None:
     return None if setting == "auto" else setting
 
 
+def _give_back_memory() -> None:
+    """Have the allocator give back each large piece of memory that is freed. Left to itself, glibc
+    takes for large only what is larger than all that was freed before, and keeps the rest."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
 def _queue_bytes(memory_mb: int) -> int:
     """What prompts and proposals may take up here: a third each for its own, for peers', and for
     requests that arrive."""
@@ -634,6 +644,7 @@ def serve(config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -
 
     :raises EdgemoaError: it could not be started.
     """
+    _give_back_memory()
 
     async def main() -> int:
         return await Daemon(config, library, stop_at_eof=stop_at_eof).run()

@@ -162,8 +162,8 @@ def cap(bound: dict[str, Any]) -> str:
     """How many requests are taken, and why so many."""
     set_to = "" if bound["setting"] is None else f", set {bound['setting']}"
     return (
-        f"memory {bound['memory']}, latency {bound['latency']}, blocking {bound['blocking']}{set_to}"
-        f" ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
+        f"memory {bound['memory']}, latency {bound['latency']},"
+        f" blocking {bound['blocking']}{set_to} ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
         f" {seconds(bound['promise_ms'])} of {seconds(bound['service_ms'])},"
         f" variation {bound['scv'] ** 0.5:.1f})"
     )

@@ -190,7 +190,10 @@ class Api:
         await self._runner.setup()
         listening, self._inode = await asyncio.to_thread(_listen, self._path, self._mode)
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(self._protocol, sock=listening, backlog=128)
+        # Of asyncio's clients, those that the backlog has no room for think that they are in.
+        self._server = await loop.create_unix_server(
+            self._protocol, sock=listening, backlog=limits.MAX_API_CONNECTIONS
+        )
 
     async def stop(self) -> None:
         """Stop listening, let running answers end within a moment, remove the socket."""
@@ -652,7 +655,7 @@ def _listen(path: Path, mode: int) -> tuple[socket.socket, int]:
             listening.bind(os.fspath(path))
         finally:
             os.umask(umask)
-        listening.listen(128)
+        listening.listen(limits.MAX_API_CONNECTIONS)
         listening.setblocking(False)
     except BaseException as error:
         listening.close()
