@@ -170,8 +170,8 @@ class Queue(Section, frozen=True):
         Meta(
             ge=0,
             le=1 << 16,
-            description="for prompts and proposals, half for its own and half for peers'; 0: an"
-            " eighth of what is available at the start, 64 at most",
+            description="for prompts and proposals, a third each for its own, for peers', and for"
+            " what arrives; 0: an eighth of what is available at the start, 64 at most",
         ),
     ] = 0
     pick: Annotated[

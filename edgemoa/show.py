@@ -161,9 +161,9 @@ def speed(rates: dict[str, Any]) -> str:
 def cap(bound: dict[str, Any]) -> str:
     """How many requests are taken, and why so many."""
     set_to = "" if bound["setting"] is None else f", set {bound['setting']}"
+    places = f"memory {bound['memory']}, latency {bound['latency']}, blocking {bound['blocking']}"
     return (
-        f"memory {bound['memory']}, latency {bound['latency']},"
-        f" blocking {bound['blocking']}{set_to} ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
+        f"{places}{set_to} ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
         f" {seconds(bound['promise_ms'])} of {seconds(bound['service_ms'])},"
         f" variation {bound['scv'] ** 0.5:.1f})"
     )

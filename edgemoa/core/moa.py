@@ -9,6 +9,7 @@ answer, is a :class:`Strategy`.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -212,6 +213,11 @@ class Synthesis:
 def size_bytes(messages: Sequence[ChatMessage]) -> int:
     """What a conversation's texts take up, in UTF-8."""
     return sum(len(message.content.encode()) for message in messages)
+
+
+def held_bytes(messages: Sequence[ChatMessage]) -> int:
+    """What a conversation's texts take up in memory: one rare character widens all of its text."""
+    return sum(sys.getsizeof(message.content) for message in messages)
 
 
 def fit(drafts: Sequence[Draft], room: Room) -> list[Draft]:

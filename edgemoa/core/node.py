@@ -71,6 +71,7 @@ from edgemoa.core.moa import (
     Strategy,
     Synthesis,
     Write,
+    held_bytes,
     size_bytes,
 )
 from edgemoa.core.picking import Outlook, Pick, choose
@@ -78,6 +79,7 @@ from edgemoa.core.queueing import OWN_WEIGHT, Discipline, Work, WorkQueue
 from edgemoa.core.rates import Rates
 
 USUAL_BYTES: Final = 16 * limits.KIB  # of a prompt and what belongs to it, until one was seen
+LOGPROB_BYTES: Final = 128  # of one token's alternative, about
 LEAST_RETRY_MS: Final = 1_000
 NEVER_MS: Final = 2**62
 MOST_PERMILLE: Final = 1_000_000
@@ -534,15 +536,15 @@ class Node:
     def _footprint(self, request: Request) -> int:
         """Bytes that a prompt may come to: it, its proposals, and its answer."""
         text = (request.layers > 0) * (request.proposers + 1) * self._proposal_bytes * 2
-        answer = request.sampling.max_tokens * MOST_BYTES_PER_TOKEN
-        return 2 * size_bytes(request.messages) + text + answer
+        max_tokens, alternatives = request.sampling.max_tokens, request.wishes.logprobs + 1
+        logprobs = min(max_tokens * (alternatives + 1), limits.MAX_LOGPROBS) * LOGPROB_BYTES
+        answer = max_tokens * MOST_BYTES_PER_TOKEN + (alternatives > 0) * logprobs
+        return 2 * held_bytes(request.messages) + text + answer
 
     @property
     def _proposal_bytes(self) -> int:
         """That a proposal is cut to: more than its tokens can be."""
-        return min(
-            self.settings.proposal_max_tokens * MOST_BYTES_PER_TOKEN, limits.MAX_PROPOSAL_BYTES
-        )
+        return _most_bytes(self.settings.proposal_max_tokens)
 
     # --- one prompt, layer by layer
 
@@ -642,11 +644,13 @@ class Node:
     def _proposal_arrived(self, sender: BoardId, proposal: Proposal, now_ms: int) -> None:
         run = self.runs.get(proposal.request_id)
         if run is not None and run.waits_for(sender, proposal.layer):
+            most_tokens = run.request.sampling.max_tokens
+            most = _most_bytes(most_tokens) if run.handed_over else self._proposal_bytes
             self._take(
                 run,
                 Draft.of(
                     sender,
-                    _cut(proposal.text, self._proposal_bytes),
+                    _cut(proposal.text, most),
                     proposal.tokens,
                     proposal.finish,
                     own=False,
@@ -810,7 +814,7 @@ class Node:
                 own=True,
                 client=run.request.client,
                 since_ms=run.accepted_ms,
-                size_bytes=size_bytes(messages),
+                size_bytes=held_bytes(messages),
             )
         )
 
@@ -950,7 +954,7 @@ class Node:
                 layer=ask.layer,
                 arrived_ms=now_ms,
                 deadline_ms=now_ms + min(ask.time_left_ms, limits.MAX_PEER_JOB_MS),
-                size_bytes=size_bytes(ask.messages) + self._proposal_bytes,
+                size_bytes=held_bytes(ask.messages) + self._proposal_bytes,
             )
             refusal = self._peers_refusal(work, now_ms + wait_ms)
             if refusal:
@@ -980,7 +984,7 @@ class Node:
             share = max(share // 2, 1)
         if sum(1 for each in self.queue if each.source == work.source) >= share:
             return f"its places for one board are taken ({share} jobs)"
-        if work.size_bytes - self._proposal_bytes > limits.MAX_PROMPT_BYTES:
+        if size_bytes(work.job.messages) > limits.MAX_PROMPT_BYTES:
             return "the prompt is too large"
         held_bytes = self.queue.size_bytes(own=False)
         if self.peer_jobs() and held_bytes + work.size_bytes > bound.budget_bytes:
@@ -1181,6 +1185,10 @@ class Node:
 
 def _cut(text: str, most_bytes: int) -> str:
     return text.encode()[:most_bytes].decode(errors="ignore")
+
+
+def _most_bytes(tokens: int) -> int:
+    return min(tokens * MOST_BYTES_PER_TOKEN, limits.MAX_PROPOSAL_BYTES)
 
 
 def _key(work: Work) -> WorkKey:

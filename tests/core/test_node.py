@@ -1058,7 +1058,8 @@ def test_a_slow_owner_leaves_proposing_to_its_peers() -> None:
 
 
 def test_the_aggregation_goes_to_a_board_that_is_much_faster() -> None:
-    rig = Rig(B, C, learned=learned(30_000), aggregator="auto", own_proposal="always")
+    rig = Rig(B, C, learned=learned(30_000), aggregator="auto", own_proposal="always",
+              proposal_max_tokens=16)  # fmt: skip
     for board, wait_ms in ((B, 20_000), (C, 0)):
         figures = {"proposal_ms": 1_000, "expected_wait_ms": wait_ms}
         rig.take(rig.node.receive(board, report(board, **figures), rig.now))
@@ -1070,9 +1071,10 @@ def test_the_aggregation_goes_to_a_board_that_is_much_faster() -> None:
     assert (to, question.layer, question.is_answer) == (C, 2, True)
     assert question.sampling == Sampling(max_tokens=64)  # the user's, not a proposal's
     assert rig.one(Aggregating) == Aggregating(3, "cc")
-    rig.propose(C, "the answer", layer=2)
+    long = "the answer " * 90
+    rig.propose(C, long, layer=2)  # longer than a proposal may be here
     answered = rig.one(Answered)
-    assert (answered.text, answered.note) == ("the answer", "")
+    assert (answered.text, answered.note) == (long.strip(), "")
     assert rig.node.idle
 
 
