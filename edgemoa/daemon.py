@@ -371,7 +371,7 @@ class Daemon:
 
     def refusal(self) -> Failed | None:
         """See :class:`edgemoa.api.server.Service`."""
-        return self._node.refusal(self._now_ms())
+        return self._node.turned_away(self._now_ms())
 
     def new_request_id(self) -> str:
         """See :class:`edgemoa.api.server.Service`."""

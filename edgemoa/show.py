@@ -163,7 +163,8 @@ def cap(bound: dict[str, Any]) -> str:
     set_to = "" if bound["setting"] is None else f", set {bound['setting']}"
     places = f"memory {bound['memory']}, latency {bound['latency']}, blocking {bound['blocking']}"
     return (
-        f"{places}{set_to} ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
+        f"{places}{set_to}"
+        f" ({bound['budget_bytes'] >> 20} MB of {bound['usual_bytes'] / 1024:.0f} KB,"
         f" {seconds(bound['promise_ms'])} of {seconds(bound['service_ms'])},"
         f" variation {bound['scv'] ** 0.5:.1f})"
     )

@@ -125,6 +125,8 @@ class _Watched(World):
         in_time = prompt.end_ms - prompt.asked_ms <= PROMISE_S * 1_000
         if isinstance(answered, Answered) and in_time and answered.finish != "deadline":
             self.in_time += 1
+            if prompt.end_ms > self.scenario.seconds * 1_000:
+                return  # boards go on after the hour
             self.useful_ms += sum(each.model_ms for each in answered.proposals)
             if not answered.note:  # else a proposal was given, which is counted
                 self.useful_ms += answered.model_ms

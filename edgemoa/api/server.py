@@ -80,7 +80,7 @@ class Service(Protocol):
         """Name and context, in tokens, of this board's model."""
 
     def refusal(self) -> Failed | None:
-        """Why no prompt would be accepted now; None if one would be."""
+        """Why a prompt that comes now is refused unread, which counts; None if it may come in."""
 
     async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
         """How many tokens the model counts.
@@ -388,9 +388,6 @@ class Api:
         A prompt given to the model process stays there until it has been counted, also when its
         client has left meanwhile; so it is that which is bounded, not the clients.
         """
-        refusal = self._service.refusal()
-        if refusal is not None:
-            raise failure(refusal)
         if len(self._measuring) >= limits.MAX_MEASURING:
             raise OverloadedError("too many prompts arrive at a time", hint="try again in 1 s")
         if schema and self._checking >= limits.MAX_CHECKING:

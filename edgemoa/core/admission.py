@@ -27,6 +27,7 @@ FULL: Final = 0.95  # utilisation from which on a board with a backlog is given 
 NOT_FULL: Final = 0.85  # below which it is again, or
 BACKLOG_JOBS: Final = 2.0  # a wait of so many jobs is a backlog,
 NO_BACKLOG_JOBS: Final = 1.0  # and one of fewer is none any more
+LONG_WAIT: Final = 1 / 8  # of the promise: full, whatever the rates, which take minutes to tell
 RESUME: Final = 1 / 3  # of a cap: once it was reached, so far down the queue is drained first.
 # Who is told when to come back can be told well only where several prompts have to end till then.
 SLOW_OWNER: Final = 2.0  # who would propose so many times as late as its peers leaves it to them
@@ -109,6 +110,11 @@ class Plan:
         later_ms = (self.layers - 1) * outlook.aggregation_ms
         return self.own * (outlook.proposal_ms + later_ms) + outlook.aggregation_ms
 
+    def layer_ms(self, own: Outlook, peers: Sequence[Outlook]) -> float:
+        """How long the first layer takes from now, by everybody's mean times."""
+        done_ms = [peer.done_ms() for peer in peers[: self.proposers]]
+        return max([*done_ms, own.done_ms()] if self.own else done_ms, default=0.0)
+
     def latency_ms(self, own: Outlook, peers: Sequence[Outlook]) -> float:
         """How long the answer takes from now, by everybody's mean times.
 
@@ -147,21 +153,26 @@ class Grant:
 
 
 class Ladder:
-    """Remembers which boards are full, and how far predictions were off."""
+    """Remembers which boards are full, and how far predictions were off.
 
-    def __init__(self) -> None:
+    :param promise_ms: within which a prompt is usually meant to be answered.
+    """
+
+    def __init__(self, promise_ms: float) -> None:
+        self._long_ms = LONG_WAIT * promise_ms
         self._full: set[BoardId] = set()
         self._off = Average()  # what a prompt took, against what was predicted
         self.refusing = False
 
     def is_full(self, outlook: Outlook) -> bool:
-        """Whether more work comes to a board than it can do, and it shows. With hysteresis, so
-        that plans do not change with every report."""
-        jobs = outlook.wait_ms / outlook.proposal_ms
+        """Whether more work comes to a board than it can do, and it shows; or its queue is long
+        already. With hysteresis, so that plans do not change with every report."""
+        jobs, wait_ms = outlook.wait_ms / outlook.proposal_ms, outlook.wait_ms
         if outlook.board in self._full:
-            if outlook.utilisation < NOT_FULL or jobs < NO_BACKLOG_JOBS:
+            eased = outlook.utilisation < NOT_FULL and wait_ms < self._long_ms / 2
+            if eased or jobs < NO_BACKLOG_JOBS:
                 self._full.discard(outlook.board)
-        elif outlook.utilisation >= FULL and jobs >= BACKLOG_JOBS:
+        elif jobs >= BACKLOG_JOBS and (outlook.utilisation >= FULL or wait_ms >= self._long_ms):
             self._full.add(outlook.board)
         return outlook.board in self._full
 
@@ -221,7 +232,8 @@ class Ladder:
                 if load > FULL:
                     why = why or f"this board would be {load:.0%} loaded"
                     continue
-            if layers and predicted_ms * self.doubt > promise_ms:
+            layer_ms = plan.layer_ms(own, ready) * (layers + 1)  # each has its part of the time
+            if layers and max(predicted_ms, layer_ms) * self.doubt > promise_ms:
                 why = why or (
                     f"it would take about {self.likely_ms(predicted_ms) / 1000:.0f} s, and"
                     f" {promise_ms / 1000:.0f} s are promised"

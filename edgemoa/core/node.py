@@ -142,7 +142,7 @@ class Node:
         self.settings = settings
         self.members = Membership()
         self.queue = WorkQueue(settings.discipline, now_ms)
-        self.ladder = Ladder()
+        self.ladder = Ladder(settings.promise_ms)
         self.prompts = Arrivals(now_ms)  # of the own user's, taken or not
         self.runs: dict[str, Run] = {}
         self.counters = Counters()
@@ -202,6 +202,15 @@ class Node:
         else:
             self._conclude(run, now_ms)
         return self._settle(now_ms)
+
+    def turned_away(self, now_ms: int) -> Failed | None:
+        """Why a prompt that comes now is refused before anything of it is read; None if it may
+        come in. A refusal counts."""
+        refusal = self.refusal(now_ms)
+        if refusal is not None:
+            self.prompts.observe(now_ms)
+            self.counters.refused += 1
+        return refusal
 
     def decide(self, request: Request, now_ms: int) -> tuple[Grant, list[Outlook]] | Failed:
         """With which plan a prompt would be accepted, and the peers that could be asked; or why it

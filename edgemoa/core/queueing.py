@@ -20,6 +20,7 @@ from edgemoa.core.load import KINDS, Arrivals, ServiceTimes
 from edgemoa.core.messages import BoardId
 
 OWN_WEIGHT: Final = 3.0  # of the own user's work, where the peers' altogether has 1
+MOST_COMES: Final = 0.95  # of the other class, against what the board can do, that is reckoned with
 LONGEST_WAIT_MS: Final = 86_400_000  # that is told; who hears of a day asks another
 
 Discipline: TypeAlias = Literal["fair", "fcfs"]
@@ -202,11 +203,17 @@ class WorkQueue:
         a day: figures that make it longer are no reason to send others away for longer."""
         batch = max(min(self.slots, len(self)), 1)
         ahead_ms = self._waiting_ms(own, batch)
-        other_ms = self._waiting_ms(not own, batch)
+        begun_ms = self._remaining_ms(now_ms, batch)
+        wait_ms = begun_ms + ahead_ms + self._waiting_ms(not own, batch)
         if self._fair:
+            # The other class has its turns meanwhile: with what waits of it and what is still to
+            # come, up to its share.
             share = OWN_WEIGHT if own else 1 / OWN_WEIGHT
-            other_ms = min(other_ms, ahead_ms / share)
-        wait_ms = self._remaining_ms(now_ms, batch) + ahead_ms + other_ms
+            most_ms = begun_ms + ahead_ms * (1 + 1 / share)
+            if wait_ms < most_ms:
+                comes = min(self.utilisation(now_ms, own=not own), MOST_COMES)
+                wait_ms /= 1 - comes
+            wait_ms = min(wait_ms, most_ms)
         return min(round(wait_ms), LONGEST_WAIT_MS)
 
     def _waiting_ms(self, own: bool, batch: int) -> float:

@@ -91,31 +91,46 @@ def test_rungs_go_down_by_proposers_then_by_layers() -> None:
 
 
 def test_idle_boards_give_what_was_asked_for() -> None:
-    grant = granted(Ladder(), outlook(), peers(3))
+    grant = granted(Ladder(1e9), outlook(), peers(3))
     assert (grant.plan, grant.why) == (Plan(2, 3), "")
 
 
 def test_too_few_boards_give_fewer_proposers() -> None:
-    grant = granted(Ladder(), outlook(), peers(2))
+    grant = granted(Ladder(1e9), outlook(), peers(2))
     assert grant.plan == Plan(2, 2)
     assert "2 at hand" in grant.why
-    alone = granted(Ladder(), outlook(), [])
+    alone = granted(Ladder(1e9), outlook(), [])
     assert alone.plan == Plan(0, 0)
     assert "no other board" in alone.why
 
 
 def test_full_boards_are_left_alone() -> None:
     full = outlook("full", wait_ms=5_000, rho=1.2)
-    grant = granted(Ladder(), outlook(), [*peers(2), full])
+    grant = granted(Ladder(1e9), outlook(), [*peers(2), full])
     assert grant.plan == Plan(2, 2)
     assert "1 of 3 boards are full" in grant.why
     # A burst alone is no reason, nor is a load that does not show.
-    assert granted(Ladder(), outlook(), [*peers(2), outlook("b", 5_000, 0.5)]).plan == Plan(2, 3)
-    assert granted(Ladder(), outlook(), [*peers(2), outlook("b", 500, 1.2)]).plan == Plan(2, 3)
+    assert granted(Ladder(1e9), outlook(), [*peers(2), outlook("b", 5_000, 0.5)]).plan == Plan(2, 3)
+    assert granted(Ladder(1e9), outlook(), [*peers(2), outlook("b", 500, 1.2)]).plan == Plan(2, 3)
+
+
+def test_a_long_queue_is_full_whatever_the_rates() -> None:
+    ladder = Ladder(40_000)
+    assert not ladder.is_full(outlook("p", 4_900, 0.1))
+    assert ladder.is_full(outlook("p", 5_100, 0.1))
+    assert ladder.is_full(outlook("p", 2_600, 0.1))
+    assert not ladder.is_full(outlook("p", 2_400, 0.1))
+
+
+def test_a_layer_has_to_fit_into_its_part_of_the_promise() -> None:
+    asked = Plan(1, 2, True)
+    late = [outlook("p", 0), outlook("q", 14_000)]  # 15 s of 30, of which a layer has a half
+    assert granted(Ladder(1e9), outlook(), late, asked, promise_s=30).plan == Plan(1, 1)
+    assert granted(Ladder(1e9), outlook(), late, asked, promise_s=50).plan == Plan(1, 2)
 
 
 def test_a_board_is_not_full_one_moment_and_free_the_next() -> None:
-    ladder = Ladder()
+    ladder = Ladder(1e9)
     turns = 0
     was = False
     chance = Random(4)
@@ -128,7 +143,7 @@ def test_a_board_is_not_full_one_moment_and_free_the_next() -> None:
 
 
 def test_a_full_owner_goes_down_as_far_as_its_own_work_must() -> None:
-    ladder, own = Ladder(), outlook(wait_ms=9_000, rho=1.5)
+    ladder, own = Ladder(1e9), outlook(wait_ms=9_000, rho=1.5)
     # Own work of M2: 1 + 2 + 2 s, of M1: 1 + 2 s, alone: 1 s; .2 is for its peers.
     assert granted(ladder, own, peers(3), prompts_per_s=0.14).plan == Plan(2, 3)
     assert granted(ladder, own, peers(3), prompts_per_s=0.24).plan == Plan(1, 3)
@@ -139,28 +154,30 @@ def test_a_full_owner_goes_down_as_far_as_its_own_work_must() -> None:
 
 def test_a_full_or_slow_owner_leaves_proposing_to_its_peers_where_it_may() -> None:
     slow = outlook(alpha_ms=4_000)
-    assert granted(Ladder(), slow, peers(3), Plan(1, 2, False)).plan == Plan(1, 2, False)
-    assert granted(Ladder(), slow, peers(3), Plan(1, 2, True)).plan == Plan(1, 2, True)
-    assert granted(Ladder(), slow, peers(3), Plan(1, 1, False)).plan == Plan(1, 1, True)
-    assert granted(Ladder(), outlook(), peers(3), Plan(1, 2, False)).plan == Plan(1, 2, True)
+    assert granted(Ladder(1e9), slow, peers(3), Plan(1, 2, False)).plan == Plan(1, 2, False)
+    assert granted(Ladder(1e9), slow, peers(3), Plan(1, 2, True)).plan == Plan(1, 2, True)
+    assert granted(Ladder(1e9), slow, peers(3), Plan(1, 1, False)).plan == Plan(1, 1, True)
+    assert granted(Ladder(1e9), outlook(), peers(3), Plan(1, 2, False)).plan == Plan(1, 2, True)
     full = outlook(wait_ms=9_000, rho=1.5)
-    assert granted(Ladder(), full, peers(3), Plan(1, 2, False), prompts_per_s=0.35).plan == Plan(
+    assert granted(Ladder(1e9), full, peers(3), Plan(1, 2, False), prompts_per_s=0.35).plan == Plan(
         1, 2, False
     )
 
 
 def test_what_would_be_too_late_is_not_granted() -> None:
-    assert granted(Ladder(), outlook(), peers(3, wait_ms=60_000), promise_s=1_000).plan == Plan(
+    assert granted(Ladder(1e9), outlook(), peers(3, wait_ms=60_000), promise_s=1_000).plan == Plan(
         2, 3
     )
-    grant = granted(Ladder(), outlook(), peers(3, wait_ms=60_000), promise_s=150)
+    grant = granted(Ladder(1e9), outlook(), peers(3, wait_ms=60_000), promise_s=190)
     assert grant.plan == Plan(1, 3)
     assert "promised" in grant.why
-    assert granted(Ladder(), outlook(), peers(3, wait_ms=60_000), promise_s=30).plan == Plan(0, 0)
+    assert granted(Ladder(1e9), outlook(), peers(3, wait_ms=60_000), promise_s=30).plan == Plan(
+        0, 0
+    )
 
 
 def test_predictions_are_believed_as_far_as_they_come_true() -> None:
-    ladder = Ladder()
+    ladder = Ladder(1e9)
     for _ in range(50):
         ladder.observe(1_000, 1_000)
     assert ladder.doubt == pytest.approx(1, abs=0.01)
@@ -183,7 +200,7 @@ def test_whatever_the_load_there_is_a_plan_and_never_a_larger_one(  # noqa: PLR0
     asked = Plan(layers, proposers, always) if layers and proposers else Plan(0, 0)
     candidates = [outlook(f"p{i}", *figures) for i, figures in enumerate(others)]
     grant = granted(
-        Ladder(),
+        Ladder(1e9),
         outlook("me", *own),
         candidates,
         asked,

@@ -226,7 +226,9 @@ def test_fewer_peers_than_asked_for_is_said() -> None:
 def test_peers_that_are_alike_are_picked_alike(pick: str) -> None:
     picked = {B: 0, C: 0, D: 0}
     rig = Rig(B, C, D, pick=pick)
-    for _ in range(600):
+    for i in range(600):
+        for peer in (B, C, D):
+            rig.hear(peer, sequence=2 + i)
         rig.clear()
         rig.ask(proposers=1)
         picked[rig.messages(Propose)[0][0]] += 1
