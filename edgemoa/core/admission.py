@@ -31,6 +31,7 @@ LONG_WAIT: Final = 1 / 8  # of the promise: full, whatever the rates, which take
 RESUME: Final = 1 / 3  # of a cap: once it was reached, so far down the queue is drained first.
 # Who is told when to come back can be told well only where several prompts have to end till then.
 SLOW_OWNER: Final = 2.0  # who would propose so many times as late as its peers leaves it to them
+TRIED_AGAIN: Final = 10  # of so many plans that seem to take too long, one is tried
 SIGMAS: Final = 2.5  # by which a prediction is doubted
 PRIOR_DOUBT: Final = 1.5  # factor, until enough predictions have been compared
 FEW_SAMPLES: Final = 10
@@ -162,7 +163,7 @@ class Ladder:
         self._long_ms = LONG_WAIT * promise_ms
         self._full: set[BoardId] = set()
         self._off = Average()  # what a prompt took, against what was predicted
-        self.refusing = False
+        self._held_back = 0  # plans that were not granted since they would take too long
 
     def is_full(self, outlook: Outlook) -> bool:
         """Whether more work comes to a board than it can do, and it shows; or its queue is long
@@ -233,7 +234,12 @@ class Ladder:
                     why = why or f"this board would be {load:.0%} loaded"
                     continue
             layer_ms = plan.layer_ms(own, ready) * (layers + 1)  # each has its part of the time
-            if layers and max(predicted_ms, layer_ms) * self.doubt > promise_ms:
+            late = layers and max(predicted_ms, layer_ms) * self.doubt > promise_ms
+            if late and not why:
+                self._held_back += 1
+                # Only what is done is measured: or else one slow answer would be the last of all.
+                late = self._held_back % TRIED_AGAIN != 0
+            if late:
                 why = why or (
                     f"it would take about {self.likely_ms(predicted_ms) / 1000:.0f} s, and"
                     f" {promise_ms / 1000:.0f} s are promised"
@@ -286,7 +292,7 @@ def headroom(plan: Plan, own: Outlook, peers: Sequence[Outlook]) -> Headroom:
 def _room(plan: Plan, peer: Outlook) -> float:
     """Proposals per ms, of all layers alike, that a board could do beside its work."""
     mean_ms = (peer.proposal_ms + (plan.layers - 1) * peer.aggregation_ms) / plan.layers
-    return (1 - peer.utilisation) / mean_ms
+    return max(1 - peer.utilisation, 0.0) / mean_ms  # whoever has none need not be picked
 
 
 def _too_few(asked: int, at_hand: int, ready: int) -> str:

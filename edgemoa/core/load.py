@@ -109,6 +109,17 @@ class ServiceTimes:
         self.rates = rates
         self._means.clear()
 
+    def ms_of(self, kind: JobKind, batch: int, most_tokens: int) -> float:
+        """For a usual job that may not write more than that."""
+        mean_ms, usual = self.mean_ms(kind, batch), self._usual.get(kind)
+        if usual is None or usual.tokens.mean <= most_tokens:
+            return mean_ms
+        tokens = usual.tokens.mean
+        estimate = self.rates.estimate(
+            usual.prompt_tokens.mean, most_tokens, batch, usual.found_tokens.mean
+        )
+        return max(mean_ms * most_tokens / tokens if estimate is None else estimate, 1.0)
+
     def mean_ms(self, kind: JobKind, batch: int = 1) -> float:
         """For a usual job that is written along with others, ``batch`` in all; a cautious guess
         while nothing has been measured."""
@@ -201,11 +212,6 @@ class Arrivals:
             return self._faded(now_ms) / HORIZON_MS
         seen = -math.expm1(-max(span_ms, LEAST_SPAN_MS) / HORIZON_MS)
         return self._faded(now_ms) / (HORIZON_MS * seen)
-
-    @property
-    def gap_ms(self) -> float | None:
-        """The mean time between two of the last; None before there are some."""
-        return self._gaps.mean if self._gaps.samples > 1 else None
 
     @property
     def scv(self) -> float:

@@ -347,7 +347,7 @@ class Run:
         that a slow layer cannot eat the time in which the answer is to be written.
         """
         self.move(State.PROPOSING)
-        parts = max(self.granted.layers - self.layer + 1, 1)
+        parts = max(self.granted.layers - self.layer + 1, 2)  # it is followed by something
         self.layer += 1
         end_ms = self.promised_ms if self.promised_ms > now_ms else self.deadline_ms
         self.layer_deadline_ms = now_ms + min(layer_deadline_ms, (end_ms - now_ms) // parts)

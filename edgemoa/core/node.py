@@ -28,6 +28,7 @@ from edgemoa.core.events import (
     Finish,
     Granted,
     Job,
+    JobKind,
     LayerStarted,
     ProposalArrived,
     ProposalRecord,
@@ -75,7 +76,7 @@ from edgemoa.core.moa import (
     size_bytes,
 )
 from edgemoa.core.picking import Outlook, Pick, choose
-from edgemoa.core.queueing import OWN_WEIGHT, Discipline, Work, WorkQueue
+from edgemoa.core.queueing import LONGEST_WAIT_MS, OWN_WEIGHT, Discipline, Work, WorkQueue
 from edgemoa.core.rates import Rates
 
 USUAL_BYTES: Final = 16 * limits.KIB  # of a prompt and what belongs to it, until one was seen
@@ -214,13 +215,14 @@ class Node:
 
     def decide(self, request: Request, now_ms: int) -> tuple[Grant, list[Outlook]] | Failed:
         """With which plan a prompt would be accepted, and the peers that could be asked; or why it
-        would not be. Changes nothing but chance."""
+        would not be. Takes nothing in."""
         refusal = self.refusal(now_ms)
         if refusal is not None:
             return refusal
         asked, promise_ms = self._asked(request), self._promise_ms(request)
         candidates = self._candidates(asked.proposers, ())
-        grant = self._grant(asked, candidates, promise_ms, now_ms)
+        own = self.outlook(now_ms, request.sampling.max_tokens)
+        grant = self._grant(asked, own, candidates, promise_ms, now_ms)
         refusal = self._broken_promise(grant, promise_ms, now_ms)
         if refusal is None and request.strict and grant.why:
             retry_ms = self._drain_ms(now_ms) if candidates else 0
@@ -244,7 +246,7 @@ class Node:
         self._refusing = bool(self.runs) and level >= (RESUME if self._refusing else 1)
         if not self._refusing:
             return None
-        reason = f"{len(self.runs)} prompts are being worked on; this board takes {bound.requests}"
+        reason = f"{len(self.runs)} prompts are being worked on, as many as this board can for now"
         return Failed("overloaded", reason, self._drain_ms(now_ms), len(self.runs))
 
     def _alone_ms(self, now_ms: int) -> float:
@@ -469,15 +471,16 @@ class Node:
         free = limits.MAX_OWN_REQUESTS if setting is None else setting
         return msgspec.structs.replace(bound, requests=free)
 
-    def outlook(self, now_ms: int) -> Outlook:
-        """What this board is expected to do with the next prompt of its own."""
+    def outlook(self, now_ms: int, most_tokens: int = limits.MAX_COMPLETION_TOKENS) -> Outlook:
+        """What this board is expected to do with the next prompt of its own, whose answer may have
+        so many tokens."""
         queue = self.queue
         batch = max(min(queue.slots, len(queue) + 1), 1)
         return Outlook(
             self.board_id,
             queue.expected_wait_ms(now_ms, own=True),
             queue.times.mean_ms("proposal", batch),
-            queue.times.mean_ms("aggregation", batch),
+            queue.times.ms_of("aggregation", batch, most_tokens),
             queue.utilisation(now_ms),
         )
 
@@ -489,7 +492,9 @@ class Node:
         return Outlook.of(board, report, jobs if sequence == report.sequence else 0)
 
     def _asked(self, request: Request) -> Plan:
-        always = self.settings.own_proposal == "always"
+        # Whether it is slow is found out by proposing.
+        measured = self.queue.times.is_measured("proposal")
+        always = self.settings.own_proposal == "always" or not measured
         if not request.layers or not request.proposers:
             # M > 0 with k = 0 is the owner talking to itself: the board alone.
             return Plan(0, 0)
@@ -507,8 +512,9 @@ class Node:
             usable = [board for board in usable if board not in asked]
         return choose(self.settings.pick, usable, proposers, self._rng, self.peer_outlook)
 
-    def _grant(self, asked: Plan, candidates: list[Outlook], promise_ms: int, now_ms: int) -> Grant:
-        own = self.outlook(now_ms)
+    def _grant(
+        self, asked: Plan, own: Outlook, candidates: list[Outlook], promise_ms: int, now_ms: int
+    ) -> Grant:
         if not self.settings.ladder:
             return grant_anyway(asked, own, candidates)
         return self.ladder.grant(
@@ -545,7 +551,9 @@ class Node:
     def _footprint(self, request: Request) -> int:
         """Bytes that a prompt may come to: it, its proposals, and its answer."""
         text = (request.layers > 0) * (request.proposers + 1) * self._proposal_bytes * 2
-        max_tokens, alternatives = request.sampling.max_tokens, request.wishes.logprobs + 1
+        context = self.engine.context_tokens if self.engine else limits.MAX_COMPLETION_TOKENS
+        max_tokens = min(request.sampling.max_tokens, context)
+        alternatives = request.wishes.logprobs + 1
         logprobs = min(max_tokens * (alternatives + 1), limits.MAX_LOGPROBS) * LOGPROB_BYTES
         answer = max_tokens * MOST_BYTES_PER_TOKEN + (alternatives > 0) * logprobs
         return 2 * held_bytes(request.messages) + text + answer
@@ -733,7 +741,7 @@ class Node:
             self._close_layer(run, now_ms)
 
     def _close_layer(self, run: Run, now_ms: int) -> None:
-        if run.handed_over and run.drafts:
+        if run.handed_over and run.drafts and not self._is_cut_short(run, run.drafts[0]):
             self._give(run, run.drafts[0], "", now_ms)
         elif run.layer < run.granted.layers and run.drafts:
             self._begin_layer(run, now_ms)
@@ -769,6 +777,8 @@ class Node:
         if (
             how == "owner"
             or run.handed_over
+            or run.state is State.CONCLUDING
+            or run.request.sampling.max_tokens > self.settings.answer_max_tokens
             or run.told
             or not write.drafts
             or run.request.wishes
@@ -776,7 +786,11 @@ class Node:
         ):
             return None
         own = self.outlook(now_ms)
-        outlooks = [self.peer_outlook(board) for board in self.members.usable()]
+        outlooks = [
+            self.peer_outlook(board)
+            for board in self.members.usable()
+            if (report := self.members.peers[board].report) is not None and report.aggregation_ms
+        ]
         if how == "strongest":
             best = min([own, *outlooks], key=lambda each: each.aggregation_ms)
         else:
@@ -792,6 +806,11 @@ class Node:
         run.begin_layer([peer], now_ms, self.settings.layer_deadline_ms)
         self._tell(run, Aggregating(write.drafts, self.members.name(peer)))
         self._send_question(run, peer, write.messages, run.request.sampling, now_ms, is_answer=True)
+
+    @staticmethod
+    def _is_cut_short(run: Run, draft: Draft) -> bool:
+        """Whether an answer that was written elsewhere ends where that board does not go on."""
+        return draft.finish == "length" and draft.tokens < run.request.sampling.max_tokens
 
     def _queue_own(
         self,
@@ -998,8 +1017,9 @@ class Node:
         held_bytes = self.queue.size_bytes(own=False)
         if self.peer_jobs() and held_bytes + work.size_bytes > bound.budget_bytes:
             return "its memory for peers' prompts is taken"
-        if self._is_too_late(work, turn_ms):
-            return f"it would take until {(turn_ms - work.arrived_ms) / 1000:.0f} s to begin"
+        # What is slow is found out by doing it, as long as nothing else waits for that.
+        if len(self.queue) and self._is_too_late(work, turn_ms):
+            return f"it would begin only in {(turn_ms - work.arrived_ms) / 1000:.0f} s"
         return ""
 
     def _is_too_late(self, work: Work, turn_ms: int) -> bool:
@@ -1091,6 +1111,19 @@ class Node:
         else:
             self._fail_or_fall_back(run, Failed("engine_failed", failure.reason), now_ms)
 
+    def _drop_late(self, now_ms: int) -> None:
+        """Let go of peers' jobs that have waited and would be of no use even if they began now."""
+        late, _ = self.queue.remove(
+            lambda work: (
+                not work.own
+                and work.started_ms < 0
+                and work.arrived_ms < now_ms
+                and self._is_too_late(work, now_ms)
+            )
+        )
+        for work in late:
+            self._decline(_key(work), "it was not its turn in time")
+
     def _decline(self, key: WorkKey, reason: str) -> None:
         sender, request_id, layer = key
         self.counters.proposals_declined += 1
@@ -1154,10 +1187,15 @@ class Node:
             waiting=queue.waits,
             running=len(queue.running),
             expected_wait_ms=queue.expected_wait_ms(now_ms, own=False),
-            proposal_ms=round(queue.times.mean_ms("proposal", batch)),
-            aggregation_ms=round(queue.times.mean_ms("aggregation", batch)),
+            proposal_ms=self._told_ms("proposal", batch),
+            aggregation_ms=self._told_ms("aggregation", batch),
             utilisation_permille=min(round(1000 * queue.utilisation(now_ms)), MOST_PERMILLE),
         )
+
+    def _told_ms(self, kind: JobKind, batch: int) -> int:
+        times = self.queue.times
+        known = times.is_measured("proposal") or times.is_measured(kind)
+        return min(round(times.mean_ms(kind, batch)), LONGEST_WAIT_MS) if known else 0
 
     def _heartbeat(self, boards: Iterable[BoardId], now_ms: int) -> None:
         report = self.report(now_ms)
@@ -1176,11 +1214,9 @@ class Node:
 
     def _settle(self, now_ms: int) -> list[Effect]:
         """Give the engine what it has room for, then hand over all effects."""
+        if self.engine_ready and self.queue.waits and self.queue.jobs(own=False):
+            self._drop_late(now_ms)
         while self.engine_ready and (work := self.queue.next(now_ms)) is not None:
-            if not work.own and self._is_too_late(work, now_ms):
-                self.queue.end(work.job.job_id)
-                self._decline(_key(work), "it was not its turn in time")
-                continue
             self._effects.append(StartWork(work.job))
             # Whatever of this board's own starts after a reading ahead is what it was ahead of.
             if work.own:

@@ -265,7 +265,9 @@ class WorkQueue:
             each.served = max(each.served, self._virtual)
         line = each.lines.get(name)
         if line is None:
-            line = each.lines[name] = _Line(served=each.virtual)
+            # At the end of the round: who comes back at once is not served before those who wait.
+            last = max((other.served for other in each.lines.values()), default=each.virtual)
+            line = each.lines[name] = _Line(served=last)
         insort(line.works, work, key=_order)
         self._tallies[work.own].waiting[work.job.kind] += 1
 

@@ -51,6 +51,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     utilisation: float  # work that comes against what the board can do: rho
     peers_utilisation: float  # the part of that which peers ask for
     prompts_per_min: float  # that come, of this board's users
+    prompts_scv: float  # squared coefficient of variation of the times between them
     service_ms: dict[str, int]  # of the model's time, per kind of job, as far as measured
     rates: Rates  # how fast the model reads and writes here, as far as measured
     prompts: int  # of this board's users, being worked on
@@ -102,6 +103,7 @@ def snapshot(node: Node, now_ms: int) -> NodeStatus:
         utilisation=queue.utilisation(now_ms),
         peers_utilisation=queue.utilisation(now_ms, own=False),
         prompts_per_min=node.prompts.per_ms(now_ms) * 60_000,
+        prompts_scv=node.prompts.scv,
         service_ms=queue.times.measured(),
         rates=queue.times.rates,
         prompts=len(node.runs),

@@ -98,7 +98,6 @@ def test_a_rate_is_learned_within_minutes_and_follows(per_s: float) -> None:
 def test_the_first_ones_are_no_rate_yet() -> None:
     arrivals = Arrivals(0)
     assert arrivals.per_ms(0) == 0
-    assert arrivals.gap_ms is None
     arrivals.observe(10)
     assert arrivals.per_ms(10) < 1.2 / LEAST_SPAN_MS
 
@@ -111,5 +110,4 @@ def test_how_even_arrivals_are() -> None:
         now_ms += round(chance.expovariate(1 / 1_000))
         random.observe(now_ms)
     assert even.scv == pytest.approx(0, abs=0.01)
-    assert even.gap_ms == pytest.approx(1_000)
     assert 0.3 < random.scv < 3

@@ -950,7 +950,8 @@ def learned(model_ms: float = 1_000, model: str = "tiny") -> Learned:
 
 
 def report(board: str, sequence: int = 9, **figures: int) -> Alive:
-    return Alive(1, sequence, board, True, "tiny", 0, 0, **{"expected_wait_ms": 0, **figures})
+    usual = {"expected_wait_ms": 0, "aggregation_ms": 2 * figures.get("proposal_ms", 0)}
+    return Alive(1, sequence, board, True, "tiny", 0, 0, **{**usual, **figures})
 
 
 def test_what_was_learned_at_an_earlier_start_holds_for_the_same_model() -> None:
@@ -1196,3 +1197,79 @@ def test_the_status_says_how_busy_it_is_and_what_there_is_room_for() -> None:
     busy = snapshot(rig.node, rig.now)
     assert busy.prompts_per_min == pytest.approx(6, rel=0.2)
     assert 0 < busy.utilisation < 0.3
+
+
+# --- what a review found
+
+
+def test_one_slow_aggregation_is_not_the_last_one() -> None:
+    rig = Rig(B, learned=learned(1_000), promise_ms=60_000)
+    slow = msgspec.structs.replace(learned().jobs[1], model_ms=400_000, tokens=30)
+    rig.node.queue.times.recall(Learned("tiny", (learned().jobs[0], slow)))
+    plans = []
+    for i in range(30):
+        rig.take(rig.node.receive(B, report("bb", 10 + i, proposal_ms=1_000), rig.now))
+        rig.clear()
+        rig.ask(1, 1, name=f"request-{i}")
+        plans.append(rig.one(Accepted).granted.layers)
+        rig.take(rig.node.cancel(f"request-{i}", rig.now))
+    assert plans.count(1) == 3
+
+
+def test_a_short_answer_is_expected_to_be_short() -> None:
+    rig = Rig(B, learned=learned())
+    assert rig.node.outlook(rig.now, 3).aggregation_ms == 200
+    assert rig.node.outlook(rig.now).aggregation_ms == 2_000
+
+
+def test_one_slow_job_for_a_peer_is_not_the_last_one() -> None:
+    rig = Rig(B, learned=learned(119_000))
+    ask = Propose("request-9", 1, WHY, Sampling(), 60_000)
+    rig.take(rig.node.receive(B, ask, rig.now))
+    assert len(rig.started) == 1
+    assert not rig.messages(Declined)
+
+
+def test_an_owner_that_was_never_measured_proposes() -> None:
+    rig = Rig(B, C)
+    for board in (B, C):
+        rig.take(rig.node.receive(board, report(board, proposal_ms=10), rig.now))
+    rig.ask(1, 2)
+    assert len(rig.started) == 1
+    assert rig.node.report(rig.now).proposal_ms == 0  # a guess is not told
+    rig.done()
+    assert rig.node.report(rig.now).proposal_ms > 0
+
+
+def test_an_answer_that_another_board_cut_short_is_written_here() -> None:
+    rig = Rig(B, learned=learned(9_000), aggregator="strongest", answer_max_tokens=1_000)
+    rig.take(rig.node.receive(B, report("bb", proposal_ms=1_000), rig.now))
+    rig.ask(1, 1, deadline_ms=600_000, sampling=Sampling(max_tokens=900))
+    rig.propose(B, "from B")
+    rig.done("own")
+    question = rig.messages(Propose)[-1][1]
+    assert question.is_answer
+    assert question.time_left_ms <= 300_000  # some is left for this board
+    cut = Proposal("request-1", 2, "so far", "tiny", 10, 256, 3, 7, "length")
+    rig.take(rig.node.receive(B, cut, rig.now))
+    assert rig.started[-1].job.kind == "aggregation"
+    rig.clear()
+    rig.ask(1, 1, name="request-2", sampling=Sampling(max_tokens=1_001))
+    rig.done("own", index=0) if rig.started else None
+    assert not any(ask.is_answer for _, ask in rig.messages(Propose))
+
+
+@pytest.mark.parametrize("how", ["auto", "strongest"])
+def test_what_did_not_fit_here_is_not_handed_over_in_the_middle(how: str) -> None:
+    rig = Rig(B, learned=learned(), aggregator=how)
+    slow = {"proposal_ms": 90_000, "aggregation_ms": 90_000}
+    rig.take(rig.node.receive(B, report("bb", **slow), rig.now))
+    rig.ask(1, 1, deadline_ms=600_000)
+    rig.propose(B, "from B")
+    rig.done("own")
+    rig.take(rig.node.receive(B, report("bb", 10, proposal_ms=1), rig.now))  # fast, all at once
+    job_id = rig.started[-1].job.job_id
+    rig.take(rig.node.failed(job_id, WorkFailed("too long", "context"), rig.now))
+    assert rig.started[-1].job.job_id > job_id
+    rig.done("here")
+    assert rig.one(Answered).text == "here"

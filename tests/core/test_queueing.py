@@ -89,6 +89,24 @@ def test_a_chatty_application_does_not_starve_the_others() -> None:
     assert {100, 101, 102} <= set(served(queue, 6))
 
 
+@pytest.mark.parametrize("owns", [True, False])
+def test_who_comes_back_at_once_does_not_starve_the_others(owns: bool) -> None:
+    def of(who: str, job_id: int) -> Work:
+        return own(job_id, client=who) if owns else work(job_id, BoardId(who))
+
+    queue = WorkQueue()
+    for i in range(5):
+        queue.add(of("patient", i))
+    turns = []
+    for i in range(100, 120):  # its line is empty whenever it was served, and full again at once
+        queue.add(of("greedy", i))
+        (job_id,) = served(queue, 1)
+        turns.append(job_id)
+        if len(turns) == 10:
+            break
+    assert sum(job_id < 100 for job_id in turns) >= 4
+
+
 def test_what_belongs_to_the_older_prompt_goes_first() -> None:
     queue = WorkQueue()
     queue.add(own(1, since_ms=10))

@@ -89,6 +89,15 @@ def test_invariants_hold_whatever_the_faults(seed: int) -> None:
             own_requests=pick([1, 4, 16]),
             peer_jobs=pick([0, 1, 4, 32]),
             slots=pick([1, 2, 4]),
+            node=pick(
+                [
+                    {},
+                    {"aggregator": "auto"},
+                    {"aggregator": "strongest", "own_proposal": "always"},
+                    {"pick": "capacity", "promise_ms": 15_000},
+                    {"discipline": "fcfs", "pick": "uniform"},
+                ]
+            ),
         ),
         seed,
     ).run()
