@@ -109,16 +109,25 @@ class ServiceTimes:
         self.rates = rates
         self._means.clear()
 
-    def ms_of(self, kind: JobKind, batch: int, most_tokens: int) -> float:
-        """For a usual job that may not write more than that."""
+    def ms_of(self, kind: JobKind, batch: int, prompt_tokens: int, most_tokens: int) -> float:
+        """For a job about a user's prompt of so many tokens, that may not write more than that.
+
+        An aggregation is as much longer than a usual one as the prompt is longer than usual.
+        """
         mean_ms, usual = self.mean_ms(kind, batch), self._usual.get(kind)
-        if usual is None or usual.tokens.mean <= most_tokens:
+        if usual is None:
             return mean_ms
-        tokens = usual.tokens.mean
-        estimate = self.rates.estimate(
-            usual.prompt_tokens.mean, most_tokens, batch, usual.found_tokens.mean
-        )
-        return max(mean_ms * most_tokens / tokens if estimate is None else estimate, 1.0)
+        tokens = min(usual.tokens.mean, most_tokens)
+        read = float(prompt_tokens)
+        if kind == "aggregation":
+            first = self._usual.get("proposal")
+            more = 0.0 if first is None else prompt_tokens - first.prompt_tokens.mean
+            read = max(usual.prompt_tokens.mean + more, read)
+        found = min(usual.found_tokens.mean, read)
+        estimate = self.rates.estimate(read, tokens, batch, found)
+        if estimate is None:
+            estimate = mean_ms * tokens / max(usual.tokens.mean, 1.0)
+        return max(estimate, 1.0)
 
     def mean_ms(self, kind: JobKind, batch: int = 1) -> float:
         """For a usual job that is written along with others, ``batch`` in all; a cautious guess

@@ -46,7 +46,7 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
-from edgemoa.core.load import Arrivals, Average, Learned
+from edgemoa.core.load import KINDS, Arrivals, Average, Learned
 from edgemoa.core.membership import HEARTBEAT_MS, Membership, Presence
 from edgemoa.core.messages import (
     Alive,
@@ -221,7 +221,7 @@ class Node:
             return refusal
         asked, promise_ms = self._asked(request), self._promise_ms(request)
         candidates = self._candidates(asked.proposers, ())
-        own = self.outlook(now_ms, request.sampling.max_tokens)
+        own = self.outlook(now_ms, request)
         grant = self._grant(asked, own, candidates, promise_ms, now_ms)
         refusal = self._broken_promise(grant, promise_ms, now_ms)
         if refusal is None and request.strict and grant.why:
@@ -471,18 +471,18 @@ class Node:
         free = limits.MAX_OWN_REQUESTS if setting is None else setting
         return msgspec.structs.replace(bound, requests=free)
 
-    def outlook(self, now_ms: int, most_tokens: int = limits.MAX_COMPLETION_TOKENS) -> Outlook:
-        """What this board is expected to do with the next prompt of its own, whose answer may have
-        so many tokens."""
-        queue = self.queue
+    def outlook(self, now_ms: int, request: Request | None = None) -> Outlook:
+        """What this board is expected to do with the next prompt of its own: with this one, or
+        with a usual one."""
+        queue, times = self.queue, self.queue.times
         batch = max(min(queue.slots, len(queue) + 1), 1)
-        return Outlook(
-            self.board_id,
-            queue.expected_wait_ms(now_ms, own=True),
-            queue.times.mean_ms("proposal", batch),
-            queue.times.ms_of("aggregation", batch, most_tokens),
-            queue.utilisation(now_ms),
-        )
+        if request is None:
+            first_ms, later_ms = (times.mean_ms(kind, batch) for kind in KINDS)
+        else:
+            sizes = request.prompt_tokens, request.sampling.max_tokens
+            first_ms, later_ms = (times.ms_of(kind, batch, *sizes) for kind in KINDS)
+        wait_ms = queue.expected_wait_ms(now_ms, own=True)
+        return Outlook(self.board_id, wait_ms, first_ms, later_ms, queue.utilisation(now_ms))
 
     def peer_outlook(self, board: BoardId) -> Outlook:
         """What a peer is expected to do with the next job that it is given."""

@@ -1216,10 +1216,25 @@ def test_one_slow_aggregation_is_not_the_last_one() -> None:
     assert plans.count(1) == 3
 
 
-def test_a_short_answer_is_expected_to_be_short() -> None:
+def test_what_is_expected_follows_from_the_prompt_and_its_limit() -> None:
+    rates = Rates((PrefillRate(100, 1.0),), (DecodeRate(1, 100, 50.0),))
     rig = Rig(B, learned=learned())
-    assert rig.node.outlook(rig.now, 3).aggregation_ms == 200
-    assert rig.node.outlook(rig.now).aggregation_ms == 2_000
+    expected = []
+    for measured in (False, True):
+        if measured:
+            rig.node.measured(rates)
+        for i, (prompt_tokens, max_tokens) in enumerate([(50, 512), (50, 3), (1_050, 512)]):
+            request = Request(
+                f"{measured}-{i}-long", WHY, prompt_tokens, 0, 0, Sampling(max_tokens=max_tokens),
+                600_000,
+            )  # fmt: skip
+            outlook = rig.node.outlook(rig.now, request)
+            expected.append((outlook.proposal_ms, outlook.aggregation_ms))
+    assert expected[0] == expected[2] == (1_000, 2_000)  # no telling what reading takes
+    assert expected[1] == (150, 200)
+    assert expected[3] == pytest.approx((1_050, 1_700), rel=0.02)  # 50 + 20 x 50, 200 + 30 x 50
+    assert expected[4] == pytest.approx((200, 350), rel=0.02)
+    assert expected[5] == pytest.approx((2_050, 2_700), rel=0.02)
 
 
 def test_one_slow_job_for_a_peer_is_not_the_last_one() -> None:
