@@ -61,13 +61,13 @@ def test_a_table_of_reports_is_as_good_as_heartbeats(pick: str) -> None:
     beating = World(calm, 1, checks=False).run()
     listed = World(replace(calm, reports="table"), 2, checks=False).run()
     assert listed.events < 0.5 * beating.events
-    assert listed.asked == pytest.approx(beating.asked, rel=0.05)
-    for percent, off in ((50, 0.1), (95, 0.25)):  # of one seed each
+    assert listed.asked == pytest.approx(beating.asked, rel=0.1)
+    for percent, off in ((50, 0.15), (95, 0.3)):  # of one seed each
         by_table, by_heartbeats = (
             statistics.quantiles(each.latency_ms, n=100)[percent - 1] for each in (listed, beating)
         )
         assert by_table == pytest.approx(by_heartbeats, rel=off)
-    assert listed.utilisation == pytest.approx(beating.utilisation, rel=0.04)
+    assert listed.utilisation == pytest.approx(beating.utilisation, rel=0.1)
 
 
 def test_old_reports_make_the_shortest_pick_worse() -> None:
