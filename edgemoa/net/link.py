@@ -29,6 +29,15 @@ class Receiver(Protocol):
     def on_packet(self, link: Link, packet: bytes, *, datagram: bool) -> None:
         """A packet that the peer sent. :raises ProtocolError: if it is not a valid one."""
 
+    def admits(self, size: int) -> bool:
+        """Whether an authentic datagram of so many bytes is to be looked at."""
+
+    def pause(self, size: int) -> float:
+        """For how many seconds to read no further, after a frame of so many bytes."""
+
+    def on_offence(self, what: str) -> None:
+        """The peer, and nobody else, sent what no board should."""
+
     def on_room(self) -> None:
         """Frames went out: :meth:`Link.has_room` may have changed."""
 
@@ -146,7 +155,13 @@ class Link:
         :raises ProtocolError: if it is not from the peer, came before, or holds no valid packet.
         """
         packet = self._opener.open(datagram)
-        self._receive(packet, datagram=True)
+        if not self._receiver.admits(len(datagram)):
+            return
+        try:
+            self._receive(packet, datagram=True)
+        except ProtocolError as error:
+            self._receiver.on_offence(str(error))
+            raise
 
     def _receive(self, packet: bytes, *, datagram: bool) -> None:
         self._heard_at = self._loop.time()
@@ -226,8 +241,15 @@ class Link:
     async def _read(self) -> None:
         reader, timeout = self.connection.reader, self._timings.frame
         while True:
-            packet = await wire.read_frame(reader, limits.MAX_FRAME_BYTES, timeout)
-            self._receive(packet, datagram=False)
+            try:
+                packet = await wire.read_frame(reader, limits.MAX_FRAME_BYTES, timeout)
+                self._receive(packet, datagram=False)
+            except ProtocolError as error:
+                self._receiver.on_offence(str(error))
+                raise
+            pause = self._receiver.pause(len(packet))
+            if pause:
+                await asyncio.sleep(pause)
 
     async def _write(self) -> None:
         writer = self.connection.writer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from edgemoa.core.envelope import short
 from edgemoa.core.messages import HOP_MESSAGES, BoardId, Message
 from edgemoa.errors import ProtocolError
 from edgemoa.net import sealed, wire
+from edgemoa.net.conduct import Conduct
 from edgemoa.net.identity import Identity
 from edgemoa.net.link import Link
 from edgemoa.net.tls import Connection
@@ -94,6 +96,7 @@ class Peer:
         self.changed = asyncio.Event()  # set when there is reason to look at link and addresses
         self.detail = ""
         self.duplicates = 0
+        self.conduct = Conduct(time.monotonic())
         self._copies: set[Connection] = set()
         self._identity = identity
         self._key_id = envelope.key_id(identity.public_key)
@@ -122,6 +125,11 @@ class Peer:
         """What to call it before people."""
         return self.board.name or short(self.board.id)
 
+    @property
+    def gray_s(self) -> float:
+        """For how long nothing is to do with it, in seconds; see :mod:`edgemoa.net.conduct`."""
+        return self.conduct.gray_s(time.monotonic())
+
     def heard_age(self) -> float | None:
         """Seconds since this board was last heard; None if never in this run."""
         if self.link is not None:
@@ -139,6 +147,8 @@ class Peer:
         dialled, as it would not have, had it still had the other; so does any if the old one is
         silent. Else both dialled at once, and the link from the smaller identity stays.
         """
+        if self.gray_s:
+            return False
         old = self.link
         if (
             old is not None
@@ -241,6 +251,25 @@ class Peer:
             entry.after(self._timings.no_link, self._give_up)
         else:
             self._pump()
+
+    def admits(self, size: int) -> bool:
+        """See :class:`edgemoa.net.link.Receiver`."""
+        return self.conduct.admits(size, time.monotonic())
+
+    def pause(self, size: int) -> float:
+        """See :class:`edgemoa.net.link.Receiver`."""
+        return self.conduct.pause(size, time.monotonic())
+
+    def on_offence(self, what: str) -> None:
+        """See :class:`edgemoa.net.link.Receiver`."""
+        if self.conduct.offend(what, time.monotonic()):
+            log.warning(
+                "a board misbehaves and is left alone for a while",
+                extra={"board": self.board.id, "reason": what, "for_s": round(self.gray_s)},
+            )
+            if self.link is not None:
+                self.link.close(what)
+            self._end_copies()
 
     def on_room(self) -> None:
         """See :class:`edgemoa.net.link.Receiver`."""

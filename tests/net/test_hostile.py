@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from netbed import (
 
 from edgemoa.core import envelope, limits
 from edgemoa.net import pairing, tls, wire
+from edgemoa.net.conduct import Conduct
 from edgemoa.net.identity import Identity, load_identity, make_certificate
 from edgemoa.net.link import greet
 
@@ -94,6 +96,7 @@ def test_bad_packets_end_the_link(tmp_path: Path) -> None:
             wire.framed(bytes([wire.HOP]) + envelope.encode(small())[1]),  # has to be signed
             wire.framed(bytes([wire.HELLO])),
         ):
+            a.network._peers[own.board_id].conduct = Conduct(time.monotonic())  # as if the first
             async with raw_link(own, a) as (connection, _):
                 connection.writer.write(bad)
                 assert await closed(connection), bad[:8]
