@@ -518,6 +518,8 @@ class Network:
         peer = self._peers.get(who.id)
         if peer is None or peer.board.public_key != who.public_key:
             raise PeerError("a connection under a key that is not paired")
+        if peer.gray_s:
+            raise PeerError("a board that misbehaved calls before its time")
         return peer
 
     async def _keep_linked(self, peer: Peer) -> None:
@@ -530,6 +532,8 @@ class Network:
                 await peer.changed.wait()
                 wait = timings.retry_min
                 continue
+            if peer.gray_s:
+                await asyncio.sleep(peer.gray_s)
             if self._identity.board_id > peer.board.id:
                 await asyncio.sleep(timings.yield_dial * uniform(1, 2))
             if await self._dial(peer):
@@ -713,7 +717,9 @@ class Network:
             address=_show(where),
             linked=peer.link is not None,
             last_seen_age_ms=None if age is None else int(age * 1000),
-            detail=peer.detail,
+            detail=peer.detail
+            if not peer.gray_s
+            else f"it misbehaved ({peer.conduct.reason}); left alone for {peer.gray_s:.0f} s more",
         )
 
     def _pending_device(self, board: BoardId) -> Device:
