@@ -217,6 +217,17 @@ class Api(Section, frozen=True):
     socket_mode: Annotated[
         int, Meta(ge=0, le=0o777, description="permission bits of the socket, e.g. 0o660")
     ] = 0o660
+    keep_answers_h: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=8_760,
+            description="for how many hours that the board runs an answer can be fetched again",
+        ),
+    ] = 24
+    keep_answers_mb: Annotated[
+        int, Meta(ge=1, le=4_096, description="what these answers may take on the disk, packed")
+    ] = 64
 
 
 class Log(Section, frozen=True):

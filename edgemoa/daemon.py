@@ -12,16 +12,14 @@ import ctypes
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
 import traceback
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random, SystemRandom
-from typing import Any, Final, Literal, TypeGuard
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -29,7 +27,6 @@ from edgemoa.api.server import Api
 from edgemoa.config import Config
 from edgemoa.core import limits
 from edgemoa.core.events import (
-    Answered,
     Effect,
     EngineInfo,
     Failed,
@@ -40,7 +37,6 @@ from edgemoa.core.events import (
     StartWork,
     StopWork,
     Tell,
-    Text,
     TokenLogprob,
     WorkDone,
     WorkFailed,
@@ -51,11 +47,13 @@ from edgemoa.core.moa import Synthesis
 from edgemoa.core.node import Node, NodeSettings
 from edgemoa.core.rates import Rates
 from edgemoa.core.status import snapshot
+from edgemoa.desk import Desk, Prompt, Ticket
 from edgemoa.engine import tuning
 from edgemoa.engine.engine import Engine
 from edgemoa.engine.memory import available_bytes
 from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import ConfigError, EdgemoaError
+from edgemoa.journal import Journal
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.net.identity import load_identity
 from edgemoa.net.network import Device, Network
@@ -85,7 +83,6 @@ class Daemon:
         self._config = config
         self._library = library
         self._stop_at_eof = stop_at_eof
-        self._mailboxes: dict[str, _Mailbox] = {}
         self._stopping = asyncio.Event()
         self._in_a_hurry = asyncio.Event()
         self._went_idle = asyncio.Event()
@@ -103,6 +100,7 @@ class Daemon:
         self._node: Node
         self._network: Network
         self._engine: Engine
+        self._desk: Desk
 
     async def run(self) -> int:
         """Start, serve until told to stop, stop in good order; returns the exit code.
@@ -135,6 +133,11 @@ class Daemon:
         await asyncio.to_thread(store.open)
         stack.push_async_callback(asyncio.to_thread, store.close)
         boot = await asyncio.to_thread(store.count_boot)
+        kept = config.api
+        journal = Journal(state_dir, kept.keep_answers_h * 3600, kept.keep_answers_mb * limits.MIB)
+        self._desk = Desk(journal, self)
+        await asyncio.to_thread(self._desk.open)
+        stack.push_async_callback(self._desk.close)
         chance = SystemRandom()
         self._network = Network(
             config.net,
@@ -273,8 +276,7 @@ class Daemon:
                 case StopWork(job_id=job_id):
                     self._engine.cancel(job_id)
                 case Tell(request_id=request_id, event=event):
-                    if mailbox := self._mailboxes.get(request_id):
-                        mailbox.put(event)
+                    self._desk.tell(request_id, event)
         if self._node.draining and self._node.idle:
             self._went_idle.set()
         self._set_timer()
@@ -324,6 +326,7 @@ class Daemon:
             else:
                 log.warning("the board was busy; it will be tuned again at the next start")
         self._tell(lambda now: self._node.engine_is_ready(info, now))
+        self._desk.pump()
 
     def on_lost(self, reason: str) -> None:
         """The model process is gone."""
@@ -375,22 +378,44 @@ class Daemon:
 
     def new_request_id(self) -> str:
         """See :class:`edgemoa.api.server.Service`."""
-        return f"chatcmpl-{secrets.token_hex(12)}"
+        return self._desk.new_id()
 
-    async def events(self, request: Request) -> AsyncIterator[RequestEvent]:
+    async def take(self, prompt: Prompt) -> str | Failed:
         """See :class:`edgemoa.api.server.Service`."""
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        ended = False
-        try:
-            self._tell(lambda now: self._node.submit(request, now))
-            while not ended:
-                event = await mailbox.get()
-                ended = isinstance(event, Answered | Failed)
-                yield event
-        finally:
-            del self._mailboxes[request.request_id]
-            if not ended:
-                self._tell(lambda now: self._node.cancel(request.request_id, now))
+        return await self._desk.take(prompt)
+
+    def follow(
+        self, request_id: str, uid: int, *, holds: bool = False
+    ) -> AsyncIterator[RequestEvent]:
+        """See :class:`edgemoa.api.server.Service`."""
+        return self._desk.follow(request_id, uid, holds=holds)
+
+    async def find(self, request_id: str, uid: int) -> Ticket | None:
+        """See :class:`edgemoa.api.server.Service`."""
+        return await self._desk.find(request_id, uid)
+
+    def unfinished(self, uid: int) -> list[Ticket]:
+        """See :class:`edgemoa.api.server.Service`."""
+        return self._desk.unfinished(uid)
+
+    async def forget(self, request_id: str, uid: int) -> bool:
+        """See :class:`edgemoa.api.server.Service`."""
+        return await self._desk.forget(request_id, uid)
+
+    # --- what the desk asks
+
+    def submit(self, request: Request, *, promised: bool) -> None:
+        """See :class:`edgemoa.desk.Work`."""
+        self._tell(lambda now: self._node.submit(request, now, promised=promised))
+
+    def cancel(self, request_id: str) -> None:
+        """See :class:`edgemoa.desk.Work`."""
+        self._tell(lambda now: self._node.cancel(request_id, now))
+
+    def has_room(self) -> bool:
+        """See :class:`edgemoa.desk.Work`."""
+        node = self._node
+        return node.engine_ready and not self._stopped and node.refusal(self._now_ms()) is None
 
     def status(self) -> dict[str, Any]:
         """See :class:`edgemoa.api.server.Service`."""
@@ -520,33 +545,6 @@ class Daemon:
             self._next_probe()
         else:
             self._probing = False
-
-
-class _Mailbox:
-    """What a waiting client has not heard yet. Text is joined, so that a slow reader costs no
-    more memory than the answer itself, and its logprobs where it asked for some."""
-
-    def __init__(self) -> None:
-        self._events: deque[RequestEvent] = deque()
-        self._there = asyncio.Event()
-
-    def put(self, event: RequestEvent) -> None:
-        last = self._events[-1] if self._events else None
-        if _is_plain(event) and _is_plain(last):
-            self._events[-1] = Text(last.text + event.text)
-        else:
-            self._events.append(event)
-        self._there.set()
-
-    async def get(self) -> RequestEvent:
-        while not self._events:
-            self._there.clear()
-            await self._there.wait()
-        return self._events.popleft()
-
-
-def _is_plain(event: RequestEvent | None) -> TypeGuard[Text]:
-    return isinstance(event, Text) and not event.logprobs
 
 
 def _is_of_zeroconf(error: object) -> bool:

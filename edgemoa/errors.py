@@ -79,6 +79,22 @@ class PromptTooLongError(UserError):
     exit_code = 14
 
 
+class ConflictError(UserError):
+    """It is at odds with what was asked for before."""
+
+    code = "conflict"
+    exit_code = 19
+    http_status = 409
+
+
+class NotFoundError(UserError):
+    """No prompt of that id: never there, another user's, or no longer kept."""
+
+    code = "not_found"
+    exit_code = 20
+    http_status = 404
+
+
 class SchemaError(UserError):
     """An answer cannot be held to its JSON schema, which was found out while it was written."""
 

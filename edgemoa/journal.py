@@ -22,7 +22,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -42,12 +42,13 @@ _AT_ONCE: Final = 512  # in one transaction
 _RETRY_S: Final = 5.0  # until an outcome that could not be written is tried again
 _SCHEMA: Final = (
     # number: its order of acceptance, and the front part of its id; name: the rest of the id.
-    # key: a hash, where the client named the prompt. at: seconds that the board had run.
+    # key, digest: hashes of what the client called it and of what it said, where it gave it a
+    # name. at: seconds that the board had run.
     "CREATE TABLE requests (number INTEGER PRIMARY KEY, name TEXT NOT NULL, client TEXT NOT NULL,"
-    " key BLOB, at INTEGER NOT NULL, request BLOB, outcome BLOB) STRICT",
+    " key BLOB, digest BLOB, at INTEGER NOT NULL, request BLOB, outcome BLOB) STRICT",
     "CREATE UNIQUE INDEX keys ON requests (key) WHERE key IS NOT NULL",
 )
-_LOAD: Final = "SELECT number, name, client, key, request, outcome FROM requests"
+_LOAD: Final = "SELECT number, name, client, key, digest, request, outcome FROM requests"
 _T = TypeVar("_T")
 
 
@@ -59,6 +60,7 @@ class Entry:
     :param client: who asked, as the shell names clients; only it is told.
     :param key: a hash of what the client calls it, or None.
     :param request: the prompt as the daemon encoded it; empty once it has an outcome.
+    :param digest: of what it said, to know another one under the same key; b"" without a key.
     :param outcome: what became of it, likewise; empty before.
     """
 
@@ -67,6 +69,7 @@ class Entry:
     key: bytes | None
     request: bytes
     outcome: bytes = b""
+    digest: bytes = b""
 
 
 class Journal:
@@ -192,7 +195,7 @@ class Journal:
         :raises StateError: the disk fails, or the key is there already.
         """
         number, name = _split(entry.id)
-        row = (number, name, entry.client, entry.key, self._now_s())
+        row = (number, name, entry.client, entry.key, entry.digest, self._now_s())
         await self._order(lambda database: _accept(database, row, entry.request))
 
     async def finish(self, request_id: str, outcome: bytes) -> None:
@@ -228,7 +231,7 @@ class Journal:
         if entry is None:
             return None
         late = self._late.get(entry.id)
-        return entry if late is None else Entry(entry.id, entry.client, entry.key, b"", late)
+        return entry if late is None else replace(entry, request=b"", outcome=late)
 
     async def _retry(self) -> None:
         while self._late:
@@ -406,7 +409,7 @@ def _tell(orders: list[_Order[Any]]) -> None:
 
 def _accept(database: sqlite3.Connection, row: tuple[Any, ...], request: bytes) -> None:
     packed = zlib.compress(request, _LEVEL)
-    database.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, NULL)", (*row, packed))
+    database.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, NULL)", (*row, packed))
 
 
 def _split(request_id: str) -> tuple[int, str]:
@@ -423,10 +426,13 @@ def _load(database: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> 
     return None if row is None else _entry(row)
 
 
-def _entry(row: tuple[int, str, str, bytes | None, bytes | None, bytes | None]) -> Entry:
-    number, name, client, key, request, outcome = row
+_Row = tuple[int, str, str, bytes | None, bytes | None, bytes | None, bytes | None]
+
+
+def _entry(row: _Row) -> Entry:
+    number, name, client, key, digest, request, outcome = row
     request_id = f"{PREFIX}{number:0{_NUMBER_DIGITS}x}{name}"
-    return Entry(request_id, client, key, _unpack(request), _unpack(outcome))
+    return Entry(request_id, client, key, _unpack(request), _unpack(outcome), digest or b"")
 
 
 def _unpack(packed: bytes | None) -> bytes:

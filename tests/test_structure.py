@@ -30,7 +30,9 @@ ALLOWED = {
     "text": {"core", "errors"},
     "engine": {"core", "errors", "text"},
     "models": {"core", "errors", "text"},
-    "api": {"core", "errors"},
+    "journal": {"errors"},
+    "desk": {"core", "errors", "journal"},
+    "api": {"core", "desk", "errors"},
     "shelf": {"errors", "models", "net"},
     "sim": {"core", "errors"},
 }

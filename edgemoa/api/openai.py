@@ -6,6 +6,7 @@ into bounded types; what edgemoa does not do is refused where ignoring it would 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -275,6 +276,12 @@ def decode_chat_request(body: bytes) -> ChatRequest:
         raise UserError("the request is nested too deep", hint="check the body") from None
     except msgspec.DecodeError as error:
         raise UserError(f"the request is not valid JSON: {error}", hint="check the body") from None
+
+
+def digest(ask: ChatRequest) -> bytes:
+    """16 bytes that tell a prompt from another: what is asked, not how the answer is sent."""
+    asked = msgspec.structs.replace(ask, stream=None, stream_options=None)
+    return hashlib.sha256(msgspec.json.encode(asked)).digest()[:16]
 
 
 class ErrorBody(msgspec.Struct):

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from edgemoa.api import openai
+from edgemoa.api import openai, requests
 from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
     Accepted,
@@ -37,6 +37,7 @@ from edgemoa.core.events import (
     TokenLogprob,
 )
 from edgemoa.core.messages import BoardId, ChatMessage
+from edgemoa.desk import Prompt, Ticket
 from edgemoa.errors import (
     AddressInUseError,
     BoardError,
@@ -44,6 +45,7 @@ from edgemoa.errors import (
     DeadlineError,
     EdgemoaError,
     EngineError,
+    NotFoundError,
     OverloadedError,
     PeerError,
     PromptTooLongError,
@@ -98,9 +100,22 @@ class Service(Protocol):
     def new_request_id(self) -> str:
         """A name for a prompt, never used before."""
 
-    def events(self, request: Request) -> AsyncIterator[RequestEvent]:
-        """Submit a prompt and hear what becomes of it, to its one end. Closing the iterator
-        early cancels the prompt."""
+    async def take(self, prompt: Prompt) -> str | Failed:
+        """See :meth:`edgemoa.desk.Desk.take`."""
+
+    def follow(
+        self, request_id: str, uid: int, *, holds: bool = False
+    ) -> AsyncIterator[RequestEvent]:
+        """See :meth:`edgemoa.desk.Desk.follow`."""
+
+    async def find(self, request_id: str, uid: int) -> Ticket | None:
+        """See :meth:`edgemoa.desk.Desk.find`."""
+
+    def unfinished(self, uid: int) -> list[Ticket]:
+        """See :meth:`edgemoa.desk.Desk.unfinished`."""
+
+    async def forget(self, request_id: str, uid: int) -> bool:
+        """See :meth:`edgemoa.desk.Desk.forget`."""
 
     def status(self) -> dict[str, Any]:
         """The board's state, for people and scripts."""
@@ -171,6 +186,10 @@ class Api:
         """
         app = web.Application(middlewares=[self._guard], client_max_size=limits.MAX_BODY_BYTES)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post(requests.PATH, self._leave_prompt)
+        app.router.add_get(requests.PATH, self._unfinished)
+        app.router.add_get(requests.PATH + "/{id}", self._find_prompt, allow_head=False)
+        app.router.add_delete(requests.PATH + "/{id}", self._forget_prompt)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/devices", self._devices)
@@ -305,22 +324,21 @@ class Api:
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         with _Place(self._room) as place:
-            form, request = await self._arrive(http, place)
-        async with contextlib.aclosing(_Events(self._service.events(request))) as events:
-            first = await events.next()
-            if isinstance(first, Failed):
-                raise failure(first)
+            form, prompt = await self._arrive(http, place)
+            form.id = await self._take(prompt)
+        follow = self._service.follow(form.id, prompt.uid, holds=True)
+        async with contextlib.aclosing(_Events(follow)) as events:
             if form.stream:
-                return await _Stream(http, request.request_id, form).send(first, events)
-            told: list[TokenLogprob] | None = [] if request.wishes.logprobs >= 0 else None
+                return await _Stream(http, form).send(events)
+            wishes = prompt.request.wishes
+            told: list[TokenLogprob] | None = [] if wishes.logprobs >= 0 else None
             while True:
                 match event := await events.next():
                     case Text(logprobs=logprobs) if told is not None:
                         told += logprobs
                     case Answered():
-                        created = int(time.time())
                         response = _json(
-                            openai.completion(request.request_id, created, form.model, event, told)
+                            openai.completion(form.id, form.created, form.model, event, told)
                         )
                         async with _taken(http):
                             await response.prepare(http)
@@ -331,12 +349,75 @@ class Api:
                     case _:
                         pass
 
-    async def _arrive(self, http: web.Request, place: _Place) -> tuple[_Form, Request]:
+    async def _leave_prompt(self, http: web.Request) -> web.Response:
+        """Take a prompt whose client comes back for the answer."""
+        with _Place(self._room) as place:
+            _, prompt = await self._arrive(http, place, holds=False)
+            request_id = await self._take(prompt)
+        ticket = await self._service.find(request_id, prompt.uid)
+        if ticket is None:
+            raise NotFoundError("the prompt has been taken back")
+        return self._ticket(ticket, 202)
+
+    async def _take(self, prompt: Prompt) -> str:
+        taken = await self._service.take(prompt)
+        if isinstance(taken, Failed):
+            raise failure(taken)
+        return taken
+
+    async def _unfinished(self, http: web.Request) -> web.Response:
+        tickets = self._service.unfinished(_peer(http)[0])
+        return _json({"object": "list", "data": [requests.ticket_json(t) for t in tickets]})
+
+    async def _find_prompt(self, http: web.Request) -> web.StreamResponse:
+        """How a prompt stands; with ``?wait=`` not before its end, or so many seconds; or all that
+        happens with it, as events."""
+        request_id, uid = http.match_info["id"], _peer(http)[0]
+        wait_s, ticket = requests.wait_s(http), await self._service.find(request_id, uid)
+        if ticket is None:
+            raise NotFoundError(
+                "no such request here", hint="it was deleted, its time is over, or it is another's"
+            )
+        if requests.wants_events(http):
+            form = _Form(request_id, ticket.created, ticket.model, True, True, True)
+            follow = self._service.follow(request_id, uid)
+            async with contextlib.aclosing(_Events(follow)) as events:
+                return await _Stream(http, form).send(events)
+        if ticket.end is None and wait_s:
+            await self._await_end(request_id, uid, wait_s)
+            ticket = await self._service.find(request_id, uid) or ticket
+        return self._ticket(ticket)
+
+    async def _await_end(self, request_id: str, uid: int, seconds: float) -> None:
+        until = asyncio.get_running_loop().time() + seconds
+        follow = self._service.follow(request_id, uid)
+        async with contextlib.aclosing(_Events(follow)) as events:
+            while (left := until - asyncio.get_running_loop().time()) > 0:
+                if isinstance(await events.next_within(left), Answered | Failed):
+                    return
+
+    async def _forget_prompt(self, http: web.Request) -> web.Response:
+        request_id = http.match_info["id"]
+        if not await self._service.forget(request_id, _peer(http)[0]):
+            raise NotFoundError("no such request here")
+        return _json({"id": request_id, "object": "edgemoa.request", "deleted": True})
+
+    @staticmethod
+    def _ticket(ticket: Ticket, status: int = 200) -> web.Response:
+        failed = requests.failed(ticket)
+        told = requests.ticket_json(ticket, failure(failed) if failed else None)
+        return _json(told, status, {"Location": f"{requests.PATH}/{ticket.id}"})
+
+    async def _arrive(
+        self, http: web.Request, place: _Place, *, holds: bool = True
+    ) -> tuple[_Form, Prompt]:
         """Read a prompt, and see whether it can be taken. Of all that was sent only what the board
         needs is left in memory then."""
         if refusal := self._service.refusal():
             raise failure(refusal)  # before anything is read
+        (uid, pid), key = _peer(http), requests.idempotency_key(http)
         ask = openai.decode_chat_request(await self._read(http, place))
+        digest = openai.digest(ask) if key else b""
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
         layers, proposers = ask.plan(self._service.own_model()[0], layers, proposers)
         sampling = ask.sampling(max_tokens, secrets.randbits(31))
@@ -359,9 +440,10 @@ class Api:
             deadline_ms=ask.edgemoa.deadline_ms or deadline_ms,
             wishes=wishes,
             strict=ask.edgemoa.strict,
-            client=_client(http),
+            client=f"{uid}:{pid}",
         )
-        return _Form.of(ask), request
+        prompt = Prompt(request, ask.model, uid, int(time.time()), key, digest, holds)
+        return _Form.of(ask, prompt), prompt
 
     async def _read(self, http: web.Request, place: _Place) -> bytes:
         """The body, whose bytes are given room before they are read, or at least as they come."""
@@ -460,21 +542,24 @@ class _Place:
         self._bytes = size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Form:
     """How an answer is told."""
 
+    id: str
+    created: int
     model: str
     stream: bool
     events: bool
     usage: bool
 
     @classmethod
-    def of(cls, ask: openai.ChatRequest) -> _Form:
+    def of(cls, ask: openai.ChatRequest, prompt: Prompt) -> _Form:
         """As it was asked for."""
         options, events = ask.stream_options, ask.edgemoa.events
         usage = events or (options is not None and options.include_usage)
-        return cls(ask.model, bool(ask.stream), events, usage)
+        request_id = prompt.request.request_id
+        return cls(request_id, prompt.created, ask.model, bool(ask.stream), events, usage)
 
 
 @contextlib.asynccontextmanager
@@ -525,18 +610,15 @@ class _Events:
 class _Stream:
     """One answer as server-sent events."""
 
-    def __init__(self, http: web.Request, request_id: str, form: _Form) -> None:
+    def __init__(self, http: web.Request, form: _Form) -> None:
         self._http = http
-        self._id = request_id
         self._form = form
-        self._created = int(time.time())
         self._response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )
 
-    async def send(self, first: RequestEvent, events: _Events) -> web.StreamResponse:
+    async def send(self, events: _Events) -> web.StreamResponse:
         await self._response.prepare(self._http)
-        await self._progress(first)
         await self._chunk(openai.Delta(role="assistant", content=""))
         while True:
             event = await events.next_within(KEEP_ALIVE_S)
@@ -584,7 +666,8 @@ class _Stream:
         await self._data(b"[DONE]")
 
     def _new(self, choices: list[openai.ChunkChoice], **more: Any) -> openai.Chunk:
-        return openai.Chunk(self._id, self._created, self._form.model, choices, **more)
+        form = self._form
+        return openai.Chunk(form.id, form.created, form.model, choices, **more)
 
     async def _data(self, data: bytes) -> None:
         await self._write(b"data: " + data + b"\n\n")
@@ -621,14 +704,14 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     )
 
 
-def _client(http: web.Request) -> str:
+def _peer(http: web.Request) -> tuple[int, int]:
     """The local application that asks, as the kernel knows it: user and process."""
     connection = http.get_extra_info("socket")
     if connection is None:
         raise ConnectionResetError
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
-    return f"{uid}:{pid}"
+    return uid, pid
 
 
 def _error(error: EdgemoaError, status: int = 0) -> web.Response:

@@ -56,6 +56,7 @@ from edgemoa.core.messages import (
     Declined,
     Leave,
     Message,
+    Part,
     Proposal,
     Propose,
     Queued,
@@ -73,7 +74,17 @@ from edgemoa.core.moa import (
     Synthesis,
     Write,
     held_bytes,
+    shown,
     size_bytes,
+)
+from edgemoa.core.parts import (
+    ANSWER_MS,
+    BYTES_PER_TOKEN,
+    PROPOSAL_MS,
+    READ_CHARACTERS,
+    STALL_MS,
+    Hearing,
+    Telling,
 )
 from edgemoa.core.picking import Outlook, Pick, choose
 from edgemoa.core.queueing import LONGEST_WAIT_MS, OWN_WEIGHT, Discipline, Work, WorkQueue
@@ -167,12 +178,15 @@ class Node:
 
     # --- the local user
 
-    def submit(self, request: Request, now_ms: int) -> list[Effect]:
-        """Accept a prompt, or refuse it with a reason; the client hears which as first event."""
+    def submit(self, request: Request, now_ms: int, *, promised: bool = False) -> list[Effect]:
+        """Accept a prompt, or refuse it with a reason; the client hears which as first event.
+
+        One that was ``promised``, accepted before this board was restarted, is not refused.
+        """
         if request.request_id in self.runs:
             raise ValueError("a request id is used once")
         self.prompts.observe(now_ms)
-        decided = self.decide(request, now_ms)
+        decided = self._promised(request, now_ms) if promised else self.decide(request, now_ms)
         if isinstance(decided, Failed):
             self.counters.refused += 1
             self._effects.append(Tell(request.request_id, decided))
@@ -228,6 +242,15 @@ class Node:
             retry_ms = self._drain_ms(now_ms) if candidates else 0
             refusal = Failed("overloaded", f"only less can be had now: {grant.why}", retry_ms)
         return refusal or (grant, candidates)
+
+    def _promised(self, request: Request, now_ms: int) -> tuple[Grant, list[Outlook]] | Failed:
+        """The same for one that was accepted before; only a board that stops refuses it."""
+        if self.draining:
+            return Failed("unavailable", "this board is shutting down")
+        asked = self._asked(request)
+        candidates = self._candidates(asked.proposers, ())
+        own = self.outlook(now_ms, request)
+        return self._grant(asked, own, candidates, math.inf, now_ms), candidates
 
     def refusal(self, now_ms: int) -> Failed | None:
         """Why no prompt at all would be accepted now; None if one would be.
@@ -306,6 +329,8 @@ class Node:
                 run = self.runs.get(request_id)
                 if run is None or not run.waits_for(sender, layer):
                     self._send(sender, Cancel(request_id, layer))  # orphaned: let it stop
+            case Part():
+                self._part_arrived(sender, message, now_ms)
             case Proposal():
                 self._proposal_arrived(sender, message, now_ms)
             case Declined():
@@ -319,8 +344,17 @@ class Node:
 
     def undelivered(self, to: BoardId, message: Message, now_ms: int) -> list[Effect]:
         """A message could not be brought to its board; if it was a question, ask another."""
-        if isinstance(message, Propose):
-            self._substitute(to, message.request_id, message.layer, "could not be reached", now_ms)
+        match message:
+            case Propose(request_id=request_id, layer=layer):
+                run = self.runs.get(request_id)
+                heard = run.heard_of(to, layer) if run is not None else None
+                if heard is None or not heard.text:  # else it was, whatever became of the link
+                    self._substitute(to, request_id, layer, "could not be reached", now_ms)
+            case Part(request_id=request_id, layer=layer, start=start):
+                key = (to, request_id, layer)
+                work = self.queue.find(lambda work: _key(work) == key)
+                if work is not None and work.telling is not None:
+                    work.telling.take_back(start)
         return self._settle(now_ms)
 
     # --- the engine
@@ -341,7 +375,9 @@ class Node:
         """The model process is gone; what it was on is tried once more when it is back."""
         self.engine_ready = False
         self.counters.engine_losses += 1
-        self.queue.put_back()
+        for work in self.queue.put_back():
+            if work.telling is not None:
+                work.telling.begin_anew()
         spent, _ = self.queue.remove(lambda work: work.attempts >= limits.MAX_JOB_ATTEMPTS)
         for work in spent:
             self._work_failed(work, WorkFailed("the model process died on it twice"), now_ms)
@@ -357,7 +393,11 @@ class Node:
         """The engine wrote a piece of a streamed job's text."""
         work = self.queue.running.get(job_id)
         run = self.runs.get(work.request_id) if work and work.final else None
-        if run is not None:
+        if work is not None and work.telling is not None:
+            part = work.telling.write(text, now_ms)
+            if part is not None:
+                self._send(work.source, Part(work.request_id, work.layer, *part))
+        elif run is not None:
             run.attempt += text
             run.logprobs += logprobs
             run.pieces += 1
@@ -513,7 +553,7 @@ class Node:
         return choose(self.settings.pick, usable, proposers, self._rng, self.peer_outlook)
 
     def _grant(
-        self, asked: Plan, own: Outlook, candidates: list[Outlook], promise_ms: int, now_ms: int
+        self, asked: Plan, own: Outlook, candidates: list[Outlook], promise_ms: float, now_ms: int
     ) -> Grant:
         if not self.settings.ladder:
             return grant_anyway(asked, own, candidates)
@@ -615,7 +655,15 @@ class Node:
             top_p=PROPOSAL_TOP_P,
             seed=self._rng.getrandbits(31),
         )
-        self._send_question(run, peer, self._proposal_messages(run), sampling, now_ms)
+        messages = self._proposal_messages(run)
+        stream = self._has_time_to_read()
+        self._send_question(run, peer, messages, sampling, now_ms, stream=stream)
+
+    def _has_time_to_read(self) -> bool:
+        """Whether parts of proposals would likely be of use: the model can read ahead, will have
+        nothing else to do, and will be the one to write."""
+        reads = self.engine is not None and self.engine.reads_ahead
+        return reads and len(self.runs) == 1 and self.settings.aggregator != "strongest"
 
     def _send_question(
         self,
@@ -626,7 +674,12 @@ class Node:
         now_ms: int,
         *,
         is_answer: bool = False,
+        stream: bool = False,
     ) -> None:
+        if stream:
+            run.heard[peer] = Hearing(self._most_proposal_bytes(run))
+        # Once it is shown, nobody else can write it; until then, this board says when it is late.
+        until_ms = run.deadline_ms if is_answer and stream else run.layer_deadline_ms
         report = self.members.peers[peer].report
         if report is not None:
             sequence, jobs = self._unreported.get(peer, (-1, 0))
@@ -639,8 +692,9 @@ class Node:
                 layer=run.layer,
                 messages=messages,
                 sampling=sampling,
-                time_left_ms=max(run.layer_deadline_ms - now_ms, 0),
+                time_left_ms=max(until_ms - now_ms, 0),
                 is_answer=is_answer,
+                stream=stream,
             ),
         )
 
@@ -661,13 +715,11 @@ class Node:
     def _proposal_arrived(self, sender: BoardId, proposal: Proposal, now_ms: int) -> None:
         run = self.runs.get(proposal.request_id)
         if run is not None and run.waits_for(sender, proposal.layer):
-            most_tokens = run.request.sampling.max_tokens
-            most = _most_bytes(most_tokens) if run.handed_over else self._proposal_bytes
             self._take(
                 run,
                 Draft.of(
                     sender,
-                    _cut(proposal.text, most),
+                    _cut(proposal.text, self._most_proposal_bytes(run)),
                     proposal.tokens,
                     proposal.finish,
                     own=False,
@@ -689,6 +741,26 @@ class Node:
                 now_ms,
             )
 
+    def _most_proposal_bytes(self, run: Run) -> int:
+        """That a proposal is cut to, or an answer that a peer writes."""
+        most_tokens = run.request.sampling.max_tokens
+        return _most_bytes(most_tokens) if run.handed_over else self._proposal_bytes
+
+    def _part_arrived(self, sender: BoardId, part: Part, now_ms: int) -> None:
+        """More of a text that is being written; of one that nobody waits for, or that was not to
+        be told of, it is ignored."""
+        run = self.runs.get(part.request_id)
+        heard = run.heard_of(sender, part.layer) if run is not None else None
+        if run is None or heard is None or not heard.hear(part.start, part.text):
+            return
+        if run.handed_over:
+            run.pieces = -(-heard.size_bytes // BYTES_PER_TOKEN)
+            self._tell_text(run, shown(heard.text, run.request.sampling.stop))
+            if run.told:  # it cannot be written here any more, so it may take what time there is
+                run.layer_deadline_ms = min(now_ms + STALL_MS, run.deadline_ms)
+        elif len(heard.text) - heard.read >= READ_CHARACTERS and run.reading in (None, sender):
+            self._read_ahead(run)
+
     def _take(self, run: Run, draft: Draft, record: ProposalRecord, now_ms: int) -> None:
         if not draft.text:
             self._leave_out(run, draft.board, "wrote nothing")
@@ -700,11 +772,21 @@ class Node:
 
     def _read_ahead(self, run: Run) -> None:
         """While a layer waits for more, have the model read what is there; unless other work waits
-        for the model, or may at any moment."""
+        for the model, or may at any moment.
+
+        A proposal that is not finished may turn out to be of no use, or not the next one: that is
+        read where the model has nothing else to do at all.
+        """
         free = not self.queue.waits and len(self.queue.running) < self.queue.slots
-        if run.state is not State.PROPOSING or not run.drafts or not self.engine_ready or not free:
+        if run.state is not State.PROPOSING or not self.engine_ready or not free:
             return
-        begun = self.settings.strategy.begin(run.request.messages, run.drafts, run.room)
+        unfinished = None if self.queue.running or run.handed_over else run.unfinished()
+        strategy, conversation = self.settings.strategy, run.request.messages
+        if unfinished is not None:
+            unfinished.read = len(unfinished.text)
+            begun = strategy.begin(conversation, run.drafts, run.room, unfinished.text)
+        else:
+            begun = strategy.begin(conversation, run.drafts, run.room) if run.drafts else ()
         if begun:
             run.read_ahead = True
             self._effects.append(ReadAhead(run.request.request_id, begun))
@@ -741,8 +823,8 @@ class Node:
             self._close_layer(run, now_ms)
 
     def _close_layer(self, run: Run, now_ms: int) -> None:
-        if run.handed_over and run.drafts and not self._is_cut_short(run, run.drafts[0]):
-            self._give(run, run.drafts[0], "", now_ms)
+        if run.handed_over and (run.told or (run.drafts and not self._is_cut_short(run))):
+            self._give_from_afar(run, now_ms)
         elif run.layer < run.granted.layers and run.drafts:
             self._begin_layer(run, now_ms)
         else:
@@ -801,15 +883,35 @@ class Node:
 
     def _hand_over(self, run: Run, write: Write, peer: BoardId, now_ms: int) -> None:
         """Have a peer write the answer, as a layer of its own with one proposer. What becomes of
-        it otherwise, this board writes it after all."""
+        it otherwise, this board writes it after all, unless its user has been shown a part of it.
+        """
         run.handed_over = True
         run.begin_layer([peer], now_ms, self.settings.layer_deadline_ms)
         self._tell(run, Aggregating(write.drafts, self.members.name(peer)))
-        self._send_question(run, peer, write.messages, run.request.sampling, now_ms, is_answer=True)
+        stream = run.request.streamed
+        self._send_question(
+            run, peer, write.messages, run.request.sampling, now_ms, is_answer=True, stream=stream
+        )
+
+    def _give_from_afar(self, run: Run, now_ms: int) -> None:
+        """Answer with what a peer wrote, which has to go on from what was shown of it."""
+        (board,) = run.asked
+        name = self.members.name(board)
+        if not run.drafts:
+            reason = f"{name}, which wrote the answer, did not end it: {run.left_out[-1].reason}"
+            self._fail(run, Failed("unavailable", reason))
+        elif not run.drafts[0].as_answer(run.request.sampling).text.startswith(run.told):
+            reason = f"{name}, which wrote the answer, ended it otherwise than it began it"
+            self._fail(run, Failed("engine_failed", reason))
+        else:
+            cut = self._is_cut_short(run)
+            note = f"{name}, which wrote the answer, writes no longer ones" if cut else ""
+            self._give(run, run.drafts[0], note, now_ms)
 
     @staticmethod
-    def _is_cut_short(run: Run, draft: Draft) -> bool:
+    def _is_cut_short(run: Run) -> bool:
         """Whether an answer that was written elsewhere ends where that board does not go on."""
+        draft = run.drafts[0]
         return draft.finish == "length" and draft.tokens < run.request.sampling.max_tokens
 
     def _queue_own(
@@ -975,7 +1077,7 @@ class Node:
                     kind="proposal" if ask.layer == 1 else "aggregation",
                     messages=ask.messages,
                     sampling=msgspec.structs.replace(ask.sampling, max_tokens=most_tokens),
-                    stream=False,
+                    stream=ask.stream,
                 ),
                 source=sender,
                 request_id=ask.request_id,
@@ -984,6 +1086,9 @@ class Node:
                 deadline_ms=now_ms + min(ask.time_left_ms, limits.MAX_PEER_JOB_MS),
                 size_bytes=held_bytes(ask.messages) + self._proposal_bytes,
             )
+            if ask.stream:
+                work.telling = Telling(ANSWER_MS if ask.is_answer else PROPOSAL_MS)
+                work.size_bytes += 2 * _most_bytes(most_tokens)  # as written, and as told
             refusal = self._peers_refusal(work, now_ms + wait_ms)
             if refusal:
                 self.counters.proposals_declined += 1

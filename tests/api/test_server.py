@@ -43,7 +43,7 @@ from edgemoa.core.events import (
     Wishes,
 )
 from edgemoa.core.messages import BoardId, ChatMessage
-from edgemoa.daemon import _Mailbox
+from edgemoa.desk import Prompt, Ticket, _Mailbox
 from edgemoa.errors import (
     AddressInUseError,
     BoardError,
@@ -134,8 +134,23 @@ class ScriptedBoard:
     def new_request_id(self) -> str:
         return f"chatcmpl-{len(self.asked)}"
 
-    async def events(self, request: Request) -> AsyncIterator[RequestEvent]:
-        self.asked.append(request)
+    async def take(self, prompt: Prompt) -> str | Failed:
+        self.asked.append(prompt.request)
+        first = self.script[0]
+        return first if isinstance(first, Failed) else prompt.request.request_id
+
+    async def find(self, request_id: str, uid: int) -> Ticket | None:
+        return None
+
+    def unfinished(self, uid: int) -> list[Ticket]:
+        return []
+
+    async def forget(self, request_id: str, uid: int) -> bool:
+        return False
+
+    async def follow(
+        self, request_id: str, uid: int, *, holds: bool = False
+    ) -> AsyncIterator[RequestEvent]:
         try:
             for event in self.script:
                 if isinstance(event, float):
