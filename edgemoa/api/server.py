@@ -326,6 +326,9 @@ class Api:
         with _Place(self._room) as place:
             form, prompt = await self._arrive(http, place)
             form.id = await self._take(prompt)
+        if form.id != prompt.request.request_id:  # known by its key
+            known = await self._service.find(form.id, prompt.uid)
+            form.created = known.created if known is not None else form.created
         follow = self._service.follow(form.id, prompt.uid, holds=True)
         async with contextlib.aclosing(_Events(follow)) as events:
             if form.stream:
