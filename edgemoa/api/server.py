@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from edgemoa.api import openai, requests
+from edgemoa.api import metrics, openai, requests
 from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
     Accepted,
@@ -197,6 +197,8 @@ class Api:
         app.router.add_get(_PEER_MODEL, self._peer_manifest)
         app.router.add_get(_PEER_FILE, self._peer_file, allow_head=False)
         app.router.add_get("/healthz", self._health)
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -261,6 +263,19 @@ class Api:
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        """Whether a prompt that came now would be worked on."""
+        status = self._service.status()
+        if status["draining"]:
+            return web.Response(text="shutting down\n", status=503)
+        if not status["ready"]:
+            return web.Response(text="the model is not loaded\n", status=503)
+        return web.Response(text="ok\n")
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = await asyncio.to_thread(metrics.exposition, self._service.status())
+        return web.Response(body=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def _models(self, _: web.Request) -> web.Response:
         return _json(openai.models_json(self._service.own_model()[0]))
@@ -444,6 +459,7 @@ class Api:
             wishes=wishes,
             strict=ask.edgemoa.strict,
             client=f"{uid}:{pid}",
+            streamed=bool(ask.stream),
         )
         prompt = Prompt(request, ask.model, uid, int(time.time()), key, digest, holds)
         return _Form.of(ask, prompt), prompt

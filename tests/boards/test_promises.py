@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from edgemoa.demo import LocalBoard, start_board, stop, wait_until_ready
 
@@ -53,6 +54,16 @@ def call(
         return response.status, json.loads(response.read() or b"{}")
 
 
+def text_at(board: LocalBoard, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("localhost", timeout=60)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    with contextlib.closing(connection):
+        connection.sock.connect(str(board.socket))
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
 def asked(text: str, tokens: int = 24) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "seed": 1}
 
@@ -84,6 +95,11 @@ def test_killed_and_started_again_it_answers_what_it_had_accepted(
         assert again["response"] == first["response"], "answered once"
         assert call(board, "GET", "/v1/requests") == (200, {"object": "list", "data": []})
         assert board.client.get("/v1/status")["counters"]["accepted"] == 5
+        assert text_at(board, "/readyz") == (200, "ok\n")
+        status, metrics = text_at(board, "/metrics")
+        assert status == 200
+        families = {family.name: family for family in text_string_to_metric_families(metrics)}
+        assert families["edgemoa_answered"].samples[0].value == 5
 
 
 def test_a_key_finds_its_answer_again(place: Path, models_dir: Path) -> None:
