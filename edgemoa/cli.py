@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgemoa import __version__
-from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError
+from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError, UserError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
@@ -113,9 +113,21 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(status)
 
-    devices = _command(commands, "devices", _devices, "boards that are paired, or seen and not")
+    from edgemoa import cli_devices
+
+    devices = _command(commands, "devices", _devices, "boards of the group, and others in sight")
     devices.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(devices)
+    cli_devices.add_devices(devices)
+
+    pair = _command(commands, "pair", _pair, "show a code; a board that is told it joins the group")
+    pair.add_argument("--json", action="store_true", help="print a JSON object a line")
+    _socket_option(pair)
+
+    join = _command(commands, "join", _join, "join the group of the board that shows this code")
+    cli_devices.add_join(join)
+    join.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(join)
 
     from edgemoa import cli_bench, cli_model, cli_plan, cli_sim
 
@@ -126,7 +138,20 @@ def _parser() -> argparse.ArgumentParser:
     secret = _command(
         commands, "join-secret", _join_secret, "make a secret; boards that hold it pair themselves"
     )
-    secret.add_argument("action", choices=("new",), help="new: print a fresh one")
+    cli_devices.add_secret(secret)
+    _config_options(secret)
+
+    rotate = _command(
+        commands, "rotate-key", _rotate_key, "give this board a new key; its daemon must not run"
+    )
+    rotate.add_argument("--json", action="store_true", help="print one JSON object")
+    _config_options(rotate)
+
+    key = _command(commands, "api-key", _api_key, "keys for applications that ask over TCP")
+    key.add_argument("action", choices=("new", "list", "revoke"), help="new: print a fresh one")
+    key.add_argument("name", nargs="?", default="", metavar="NAME", help="which application's")
+    key.add_argument("--json", action="store_true", help="print one JSON object")
+    _config_options(key)
 
     config = _command(commands, "config", _config, "show every setting, as a configuration file")
     config.add_argument("--check", metavar="FILE", help="only say whether FILE is valid")
@@ -346,31 +371,29 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    from edgemoa import show
+    from edgemoa import cli_devices
 
-    told = _client(arguments).get("/v1/devices")
-    if arguments.json:
-        print(json.dumps(told))
-        return 0
-    devices = told["devices"]
-    if not devices:
-        print("no other board has been seen; is one running on this network?")
-        return 0
-    rows = [("NAME", "STATE", "PRESENCE", "MODEL", "ADDRESS", "ID", "")]
-    rows += [
-        (
-            device["name"] or "-",
-            device["state"],
-            device.get("presence", "-"),
-            device.get("model") or "-",
-            device["address"] or "-",
-            device["id"],
-            device["detail"],
-        )
-        for device in devices
-    ]
-    print(show.table(rows))
-    return 0
+    return cli_devices.devices(_client(arguments), arguments)
+
+
+def _pair(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_devices
+
+    return cli_devices.pair(_client(arguments), as_json=arguments.json)
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_devices
+
+    return cli_devices.join(
+        _client(arguments), arguments.code, arguments.address, as_json=arguments.json
+    )
+
+
+def _rotate_key(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_devices
+
+    return cli_devices.rotate_key(_load(arguments), as_json=arguments.json)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -383,10 +406,28 @@ def _bench(arguments: argparse.Namespace) -> int:
     return cli_bench.run(arguments, _with_model(config, library), library)
 
 
-def _join_secret(_: argparse.Namespace) -> int:
-    from edgemoa.net.pairing import new_join_secret
+def _join_secret(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_devices
 
-    print(new_join_secret())
+    return cli_devices.secret(arguments.action, _load(arguments))
+
+
+def _api_key(arguments: argparse.Namespace) -> int:
+    from edgemoa.api.doors import Keys
+
+    keys, name = Keys(_load(arguments).state_dir()), arguments.name
+    told: dict[str, Any] = {"name": name}
+    if arguments.action == "list":
+        told = {"names": keys.names()}
+        text = "\n".join(told["names"]) or "there are none"
+    elif not name:
+        raise UserError("whose key?", hint=f"edgemoa api-key {arguments.action} NAME")
+    elif arguments.action == "new":
+        text = told["key"] = keys.new(name)
+    else:
+        keys.revoke(name)
+        text = f"the key '{name}' opens nothing any longer"
+    print(json.dumps(told) if arguments.json else text)
     return 0
 
 

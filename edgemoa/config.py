@@ -217,6 +217,20 @@ class Api(Section, frozen=True):
     socket_mode: Annotated[
         int, Meta(ge=0, le=0o777, description="permission bits of the socket, e.g. 0o660")
     ] = 0o660
+    listen: Annotated[
+        str,
+        Meta(
+            description='address and port to take requests at over TCP, e.g. "127.0.0.1:11434";'
+            " empty: only the socket"
+        ),
+    ] = ""
+    keyless: Annotated[
+        bool, Meta(description="on 127.0.0.1 or ::1, need no API key (`edgemoa api-key`)")
+    ] = False
+    tls_certificate: Annotated[
+        str, Meta(description="PEM file, for TCP; needed where others can reach it")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="PEM file with its private key")] = ""
     keep_answers_h: Annotated[
         int,
         Meta(

@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from edgemoa.api.doors import Door, Keys, open_door
 from edgemoa.api.server import Api
 from edgemoa.config import Config
 from edgemoa.core import limits
@@ -185,7 +186,14 @@ class Daemon:
         )
         rng = Random(chance.getrandbits(64))
         self._node = Node(identity.board_id, settings, rng, self._now_ms())
-        api = Api(self, config.socket_path(), config.api.socket_mode, queue_bytes // 3)
+        api = Api(
+            self,
+            config.socket_path(),
+            config.api.socket_mode,
+            queue_bytes // 3,
+            gate=self._network,
+            door=await asyncio.to_thread(_door, config, name),
+        )
         await api.start()
         stack.push_async_callback(api.stop)
         stack.push_async_callback(self._network.stop)
@@ -385,22 +393,22 @@ class Daemon:
         return await self._desk.take(prompt)
 
     def follow(
-        self, request_id: str, uid: int, *, holds: bool = False
+        self, request_id: str, owner: str, *, holds: bool = False
     ) -> AsyncIterator[RequestEvent]:
         """See :class:`edgemoa.api.server.Service`."""
-        return self._desk.follow(request_id, uid, holds=holds)
+        return self._desk.follow(request_id, owner, holds=holds)
 
-    async def find(self, request_id: str, uid: int) -> Ticket | None:
+    async def find(self, request_id: str, owner: str) -> Ticket | None:
         """See :class:`edgemoa.api.server.Service`."""
-        return await self._desk.find(request_id, uid)
+        return await self._desk.find(request_id, owner)
 
-    def unfinished(self, uid: int) -> list[Ticket]:
+    def unfinished(self, owner: str) -> list[Ticket]:
         """See :class:`edgemoa.api.server.Service`."""
-        return self._desk.unfinished(uid)
+        return self._desk.unfinished(owner)
 
-    async def forget(self, request_id: str, uid: int) -> bool:
+    async def forget(self, request_id: str, owner: str) -> bool:
         """See :class:`edgemoa.api.server.Service`."""
-        return await self._desk.forget(request_id, uid)
+        return await self._desk.forget(request_id, owner)
 
     # --- what the desk asks
 
@@ -427,6 +435,7 @@ class Daemon:
             "note": self._engine.note,
         }
         status["pid"] = os.getpid()
+        status["backlog"] = self._desk.backlog
         status["port"] = self._network.port
         status["lent_bytes"] = self._network.lent_bytes
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
@@ -441,9 +450,10 @@ class Daemon:
             peer = peers.get(device.id)
             if peer is not None:
                 told |= {
-                    "name": peer.name,
+                    "name": device.name or peer.name,
                     "presence": peer.presence,
                     "model": peer.model,
+                    "utilisation": peer.utilisation,
                     "waiting": peer.waiting,
                     "expected_wait_ms": peer.expected_wait_ms,
                 }
@@ -599,6 +609,21 @@ def _strategy(config: Config) -> Synthesis:
             hint="write what the model is to do with the answers; {request} repeats the request",
         )
     return Synthesis(instruction)
+
+
+def _door(config: Config, name: str) -> Door | None:
+    """The way in over TCP, if there is to be one. Blocks on the disk."""
+    api = config.api
+    if not api.listen:
+        return None
+    return open_door(
+        api.listen,
+        keyless=api.keyless,
+        certificate=api.tls_certificate,
+        private_key=api.tls_key,
+        keys=Keys(config.state_dir()),
+        name=name,
+    )
 
 
 def _join_secret(config: Config) -> JoinSecret | None:

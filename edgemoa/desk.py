@@ -26,6 +26,7 @@ from edgemoa.journal import Entry, Journal
 
 log = logging.getLogger(__name__)
 
+ROOT: Final = "0"
 State: TypeAlias = Literal["waiting", "working", "answered", "failed"]
 _SHUT_DOWN: Final = "unavailable"  # the code of prompts that the board's end takes from the node
 
@@ -33,7 +34,8 @@ _SHUT_DOWN: Final = "unavailable"  # the code of prompts that the board's end ta
 class Prompt(msgspec.Struct, frozen=True):
     """A prompt as it came in: what the node needs, and what the answer is told with.
 
-    :param uid: whose it is: only that user (and root) hears of it again.
+    :param owner: whose it is: only that user (and root) hears of it again. A user's number, or
+        the name of an API key.
     :param created: the time of the wall clock, in seconds, for the client alone.
     :param key: what the client calls it; empty for nothing. The same key is the same prompt.
     :param digest: of what the client said under that key.
@@ -42,7 +44,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
     request: Request
     model: str
-    uid: int
+    owner: str
     created: int
     key: str = ""
     digest: bytes = b""
@@ -188,7 +190,7 @@ class Desk:
         return request_id
 
     async def follow(
-        self, request_id: str, uid: int, *, holds: bool = False
+        self, request_id: str, owner: str, *, holds: bool = False
     ) -> AsyncIterator[RequestEvent]:
         """All that becomes of a prompt, from its beginning to its one end; nothing if it is not
         known.
@@ -198,14 +200,14 @@ class Desk:
         """
         feed = self._feeds.get(request_id)
         if feed is None:
-            ticket = await self.find(request_id, uid)
+            ticket = await self.find(request_id, owner)
             for event in ticket.said if ticket is not None else ():
                 if isinstance(event, Answered):
                     yield Accepted(event.granted, 0)
                     yield Text(event.text)
                 yield event
             return
-        if not feed.is_of(uid):
+        if not feed.is_of(owner):
             return
         if feed.accepting is not None:
             await asyncio.shield(feed.accepting)
@@ -218,27 +220,27 @@ class Desk:
             if holds and not (feed.mailboxes or feed.keeps or feed.ended):
                 self._work.cancel(request_id)
 
-    async def find(self, request_id: str, uid: int) -> Ticket | None:
+    async def find(self, request_id: str, owner: str) -> Ticket | None:
         """How a prompt stands, if it is this user's and still known."""
         feed = self._feeds.get(request_id)
         if feed is not None:
-            return feed.ticket(self._before(request_id)) if feed.is_of(uid) else None
+            return feed.ticket(self._before(request_id)) if feed.is_of(owner) else None
         entry = await self._journal.find(request_id)
-        if entry is None or not entry.outcome or not _is_of(entry, uid):
+        if entry is None or not entry.outcome or not _is_of(entry, owner):
             return None
         return _ticket(entry)
 
-    def unfinished(self, uid: int) -> list[Ticket]:
+    def unfinished(self, owner: str) -> list[Ticket]:
         """All of this user's prompts without an outcome, oldest first."""
         return [
             feed.ticket(self._before(i))
             for i, feed in self._feeds.items()
-            if feed.is_of(uid) and feed.durable
+            if feed.is_of(owner) and feed.durable
         ]
 
-    async def forget(self, request_id: str, uid: int) -> bool:
+    async def forget(self, request_id: str, owner: str) -> bool:
         """Cancel a prompt, or have its answer deleted; returns whether it was there."""
-        ticket = await self.find(request_id, uid)
+        ticket = await self.find(request_id, owner)
         if ticket is None:
             return False
         if request_id in self._feeds:
@@ -315,7 +317,7 @@ class Desk:
         prompt = feed.prompt
         entry = Entry(
             prompt.request.request_id,
-            str(prompt.uid),
+            prompt.owner,
             feed.key,
             _encoder.encode(prompt),
             b"",
@@ -345,8 +347,8 @@ class _Feed:
         self.mailboxes: set[_Mailbox] = set()
         self._said: deque[RequestEvent] = deque()
 
-    def is_of(self, uid: int) -> bool:
-        return uid in (self.prompt.uid, 0)
+    def is_of(self, owner: str) -> bool:
+        return owner in (self.prompt.owner, ROOT)
 
     def put(self, event: RequestEvent) -> None:
         _append(self._said, event)
@@ -408,7 +410,7 @@ def _key(prompt: Prompt) -> bytes | None:
     """A user's keys are its own, whatever others call theirs."""
     if not prompt.key:
         return None
-    return hashlib.sha256(f"{prompt.uid}\n{prompt.key}".encode()).digest()
+    return hashlib.sha256(f"{prompt.owner}\n{prompt.key}".encode()).digest()
 
 
 def _check_same(known: bytes, digest: bytes) -> None:
@@ -418,8 +420,8 @@ def _check_same(known: bytes, digest: bytes) -> None:
         )
 
 
-def _is_of(entry: Entry, uid: int) -> bool:
-    return uid == 0 or entry.client == str(uid)
+def _is_of(entry: Entry, owner: str) -> bool:
+    return owner in (entry.client, ROOT)
 
 
 def _ticket(entry: Entry) -> Ticket:

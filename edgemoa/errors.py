@@ -87,6 +87,22 @@ class ConflictError(UserError):
     http_status = 409
 
 
+class UnauthorizedError(UserError):
+    """No API key, or one that is not known."""
+
+    code = "unauthorized"
+    exit_code = 21
+    http_status = 401
+
+
+class ForbiddenError(UserError):
+    """Whoever it is, this is not for them."""
+
+    code = "forbidden"
+    exit_code = 22
+    http_status = 403
+
+
 class NotFoundError(UserError):
     """No prompt of that id: never there, another user's, or no longer kept."""
 

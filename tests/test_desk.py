@@ -69,7 +69,7 @@ def run(folder: Path, test: Test) -> Node:
 
 def prompt(desk: Desk, text: str = "Why?", **more: Any) -> Prompt:
     request = Request(desk.new_id(), (ChatMessage("user", text),), 3, 1, 2, Sampling(), 60_000)
-    return Prompt(request, "edgemoa", uid=more.pop("uid", 1000), created=7, **more)
+    return Prompt(request, "edgemoa", owner=more.pop("owner", "1000"), created=7, **more)
 
 
 async def take(desk: Desk, asked: Prompt) -> str:
@@ -78,8 +78,8 @@ async def take(desk: Desk, asked: Prompt) -> str:
     return taken
 
 
-async def hear(desk: Desk, request_id: str, uid: int = 1000) -> list[RequestEvent]:
-    return [event async for event in desk.follow(request_id, uid)]
+async def hear(desk: Desk, request_id: str, owner: str = "1000") -> list[RequestEvent]:
+    return [event async for event in desk.follow(request_id, owner)]
 
 
 def test_what_was_accepted_is_answered_after_a_crash(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_was_accepted_is_answered_after_a_crash(tmp_path: Path) -> None:
 
     async def after(desk: Desk, node: Node) -> None:
         assert len(desk) == desk.backlog == 2
-        told = desk.unfinished(1000)
+        told = desk.unfinished("1000")
         assert [(t.id, t.state, t.waiting_before) for t in told] == [
             (ids[1], "waiting", 1),
             (ids[2], "waiting", 2),
@@ -115,7 +115,7 @@ def test_what_was_accepted_is_answered_after_a_crash(tmp_path: Path) -> None:
         assert (await hear(desk, ids[2]))[-1] == ANSWERED
         assert (await hear(desk, ids[0]))[-1] == ANSWERED
         assert node.submitted == []
-        ticket = await desk.find(ids[0], 1000)
+        ticket = await desk.find(ids[0], "1000")
         assert ticket is not None
         assert (ticket.state, ticket.model, ticket.created, ticket.end) == (
             "answered", "edgemoa", 7, ANSWERED,
@@ -159,9 +159,9 @@ def test_a_key_is_answered_once(tmp_path: Path) -> None:
         ids.append(taken[0])
         with pytest.raises(ConflictError):
             await desk.take(prompt(desk, "Else?", key="k", digest=b"other"))
-        other = await take(desk, prompt(desk, uid=1001, key="k", digest=b"theirs"))
+        other = await take(desk, prompt(desk, owner="1001", key="k", digest=b"theirs"))
         assert other != taken[0], "another user's key is another"
-        listening = desk.follow(taken[0], 1000, holds=True)
+        listening = desk.follow(taken[0], "1000", holds=True)
         assert await anext(listening) == ACCEPTED
         await listening.aclose()
         assert node.cancelled == [], "it can be fetched later"
@@ -177,8 +177,8 @@ def test_a_key_is_answered_once(tmp_path: Path) -> None:
         with pytest.raises(ConflictError):
             await desk.take(prompt(desk, key="k", digest=b"other"))
         assert node.submitted == []
-        waits = await take(desk, prompt(desk, uid=1001, key="k", digest=b"theirs"))
-        ticket = await desk.find(waits, 1001)
+        waits = await take(desk, prompt(desk, owner="1001", key="k", digest=b"theirs"))
+        ticket = await desk.find(waits, "1001")
         assert ticket is not None
         assert ticket.state == "waiting"
 
@@ -189,15 +189,15 @@ def test_who_holds_the_line_takes_its_prompt_back_by_leaving(tmp_path: Path) -> 
     async def leaves(desk: Desk, node: Node) -> None:
         held, left = await take(desk, prompt(desk)), await take(desk, prompt(desk, holds=False))
         for request_id in (held, left):
-            line = desk.follow(request_id, 1000, holds=True)
+            line = desk.follow(request_id, "1000", holds=True)
             assert await anext(line) == ACCEPTED
             await line.aclose()
         assert node.cancelled == [held]
         while len(desk) > 1:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        assert await desk.find(held, 1000) is None
+        assert await desk.find(held, "1000") is None
         two = await take(desk, prompt(desk))
-        lines = [desk.follow(two, 1000, holds=True) for _ in range(2)]
+        lines = [desk.follow(two, "1000", holds=True) for _ in range(2)]
         for line in lines:
             await anext(line)
         await lines[0].aclose()
@@ -227,8 +227,8 @@ def test_a_board_that_stops_keeps_what_can_be_fetched(tmp_path: Path) -> None:
     run(tmp_path, stops)
 
     async def after(desk: Desk, node: Node) -> None:
-        assert [t.id for t in desk.unfinished(1000)] == ids[1:]
-        ticket = await desk.find(ids[0], 1000)
+        assert [t.id for t in desk.unfinished("1000")] == ids[1:]
+        ticket = await desk.find(ids[0], "1000")
         assert ticket is not None
         assert ticket.end == STOPPED, "its client has been told"
 
@@ -242,14 +242,14 @@ def test_only_its_user_hears_of_a_prompt(tmp_path: Path) -> None:
         desk.tell(done, ANSWERED)
         assert (await hear(desk, done))[-1] == ANSWERED
         for request_id in (mine, done):
-            assert await desk.find(request_id, 1001) is None
-            assert await hear(desk, request_id, 1001) == []
-            assert not await desk.forget(request_id, 1001)
-        assert desk.unfinished(1001) == []
-        assert await desk.find(mine, 0) is not None
-        assert await desk.forget(done, 1000)
-        assert await desk.find(done, 1000) is None
-        assert await desk.forget(mine, 1000)
+            assert await desk.find(request_id, "1001") is None
+            assert await hear(desk, request_id, "1001") == []
+            assert not await desk.forget(request_id, "1001")
+        assert desk.unfinished("1001") == []
+        assert await desk.find(mine, "0") is not None
+        assert await desk.forget(done, "1000")
+        assert await desk.find(done, "1000") is None
+        assert await desk.forget(mine, "1000")
         assert node.cancelled == [mine]
 
     run(tmp_path, strangers)
@@ -262,8 +262,8 @@ def test_one_that_waits_since_before_can_be_taken_back(tmp_path: Path) -> None:
     run(tmp_path, before)
 
     async def after(desk: Desk, node: Node) -> None:
-        (ticket,) = desk.unfinished(1000)
-        assert await desk.forget(ticket.id, 1000)
+        (ticket,) = desk.unfinished("1000")
+        assert await desk.forget(ticket.id, "1000")
         assert desk.backlog == 0
         node.room = 1
         desk.pump()

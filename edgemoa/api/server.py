@@ -25,7 +25,9 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from edgemoa.api import metrics, openai, requests
+from edgemoa.api import doors, metrics, openai, requests
+from edgemoa.api.doors import Door
+from edgemoa.api.gate import Gate, routes
 from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
     Accepted,
@@ -64,9 +66,13 @@ TAKE_S: Final = 60.0  # for a client to take a part of its answer; what is writt
 MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
 
 COPY_S: Final = 10.0  # for a client to take a piece of a copied file, of 64 KiB
+SILENT_S: Final = 20.0  # for a connection to ask for something
+TCP_BACKLOG: Final = 128
+_OPEN: Final = frozenset({"/healthz", "/readyz"})  # tell nothing, and need no key
+_OWNER: Final = web.RequestKey("owner", str)
 MAX_OFFSET: Final = 2**48  # that boards may name to each other
 
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, owner, gid
 _FILE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # as boards may name one
 _PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id:[0-9a-f]{64}}"
 _PEER_FILE: Final = _PEER_MODEL + "/{file:[^/]{1,128}}"
@@ -104,17 +110,17 @@ class Service(Protocol):
         """See :meth:`edgemoa.desk.Desk.take`."""
 
     def follow(
-        self, request_id: str, uid: int, *, holds: bool = False
+        self, request_id: str, owner: str, *, holds: bool = False
     ) -> AsyncIterator[RequestEvent]:
         """See :meth:`edgemoa.desk.Desk.follow`."""
 
-    async def find(self, request_id: str, uid: int) -> Ticket | None:
+    async def find(self, request_id: str, owner: str) -> Ticket | None:
         """See :meth:`edgemoa.desk.Desk.find`."""
 
-    def unfinished(self, uid: int) -> list[Ticket]:
+    def unfinished(self, owner: str) -> list[Ticket]:
         """See :meth:`edgemoa.desk.Desk.unfinished`."""
 
-    async def forget(self, request_id: str, uid: int) -> bool:
+    async def forget(self, request_id: str, owner: str) -> bool:
         """See :meth:`edgemoa.desk.Desk.forget`."""
 
     def status(self) -> dict[str, Any]:
@@ -165,14 +171,27 @@ class Api:
     """
 
     def __init__(
-        self, service: Service, path: Path, mode: int, arriving_bytes: int = 8 * limits.MIB
+        self,
+        service: Service,
+        path: Path,
+        mode: int,
+        arriving_bytes: int = 8 * limits.MIB,
+        *,
+        gate: Gate | None = None,
+        door: Door | None = None,
     ) -> None:
         self._service = service
+        self._gate = gate
+        self._door = door
+        self._tcp: asyncio.Server | None = None
         self._room = _Room(arriving_bytes)
         self._path = path
         self._mode = mode
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
+        self._watching: asyncio.TimerHandle | None = None
+        self._silent: dict[web.RequestHandler, float] = {}  # since when they ask for nothing
+        self._spoke: set[web.RequestHandler] = set()
         self._inode = 0
         self._measuring: set[asyncio.Future[int]] = set()
         self._checking = 0  # of these, with a schema that is still being checked
@@ -196,6 +215,8 @@ class Api:
         app.router.add_get("/v1/peers/models", self._peer_models)
         app.router.add_get(_PEER_MODEL, self._peer_manifest)
         app.router.add_get(_PEER_FILE, self._peer_file, allow_head=False)
+        if self._gate is not None:
+            app.router.add_routes(routes(self._gate))
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._metrics)
@@ -215,11 +236,37 @@ class Api:
         self._server = await loop.create_unix_server(
             self._protocol, sock=listening, backlog=limits.MAX_API_CONNECTIONS
         )
+        if self._door is not None:
+            await self._listen_tcp(self._door)
+        self._watching = loop.call_later(SILENT_S / 2, self._end_silent)
+
+    async def _listen_tcp(self, door: Door) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._tcp = await loop.create_server(
+                self._protocol, door.host, door.port, ssl=door.tls, backlog=TCP_BACKLOG
+            )
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUseError(
+                    f"{door.host} port {door.port} is in use",
+                    hint="is Ollama or another edgemoa running? set api.listen to another port",
+                ) from error
+            raise ConfigError(
+                f"cannot listen on {door.host} port {door.port}: {error.strerror}",
+                hint="api.listen must be an address of this machine; ports under 1024 need"
+                " privileges",
+            ) from error
+        port = self._tcp.sockets[0].getsockname()[1]
+        log.info("listening for applications", extra={"host": door.host, "port": port})
 
     async def stop(self) -> None:
         """Stop listening, let running answers end within a moment, remove the socket."""
-        if self._server is not None:
-            self._server.close()
+        if self._watching is not None:
+            self._watching.cancel()
+        for server in (self._server, self._tcp):
+            if server is not None:
+                server.close()
         for counting in self._measuring:
             counting.cancel()
         for transport in self._copying:
@@ -236,6 +283,34 @@ class Api:
             return _Refused()
         return server()
 
+    def _end_silent(self) -> None:
+        """Part with connections that never asked for anything: they take others' places."""
+        loop = asyncio.get_running_loop()
+        self._watching = loop.call_later(SILENT_S / 2, self._end_silent)
+        server = self._runner.server if self._runner is not None else None
+        there = set(server.connections if server is not None else ())
+        self._spoke &= there
+        now = loop.time()
+        self._silent = {each: self._silent.get(each, now) for each in there - self._spoke}
+        for protocol, since in self._silent.items():
+            if now - since >= SILENT_S and protocol.transport is not None:
+                protocol.transport.abort()
+
+    async def _admit(self, http: web.Request) -> None:
+        """Who asks over TCP has to show a key, and not be a web page.
+
+        :raises ForbiddenError, UnauthorizedError: it may not ask.
+        """
+        door, connection = self._door, http.get_extra_info("socket")
+        if door is None or connection is None or connection.family == socket.AF_UNIX:
+            return
+        doors.check_origin(http.host, http.headers.get("Origin"), door.names)
+        if door.keys is None:
+            http[_OWNER] = "tcp"
+        elif http.path not in _OPEN:
+            key = doors.shown_key(http.headers.items())
+            http[_OWNER] = f"key:{await asyncio.to_thread(door.keys.who, key)}"
+
     # --- handlers
 
     @web.middleware
@@ -243,6 +318,8 @@ class Api:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         try:
+            self._spoke.add(request.protocol)
+            await self._admit(request)
             return await handler(request)
         except EdgemoaError as error:
             return _error(error)
@@ -342,9 +419,9 @@ class Api:
             form, prompt = await self._arrive(http, place)
             form.id = await self._take(prompt)
         if form.id != prompt.request.request_id:  # known by its key
-            known = await self._service.find(form.id, prompt.uid)
+            known = await self._service.find(form.id, prompt.owner)
             form.created = known.created if known is not None else form.created
-        follow = self._service.follow(form.id, prompt.uid, holds=True)
+        follow = self._service.follow(form.id, prompt.owner, holds=True)
         async with contextlib.aclosing(_Events(follow)) as events:
             if form.stream:
                 return await _Stream(http, form).send(events)
@@ -372,7 +449,7 @@ class Api:
         with _Place(self._room) as place:
             _, prompt = await self._arrive(http, place, holds=False)
             request_id = await self._take(prompt)
-        ticket = await self._service.find(request_id, prompt.uid)
+        ticket = await self._service.find(request_id, prompt.owner)
         if ticket is None:
             raise NotFoundError("the prompt has been taken back")
         return self._ticket(ticket, 202)
@@ -390,25 +467,25 @@ class Api:
     async def _find_prompt(self, http: web.Request) -> web.StreamResponse:
         """How a prompt stands; with ``?wait=`` not before its end, or so many seconds; or all that
         happens with it, as events."""
-        request_id, uid = http.match_info["id"], _peer(http)[0]
-        wait_s, ticket = requests.wait_s(http), await self._service.find(request_id, uid)
+        request_id, owner = http.match_info["id"], _peer(http)[0]
+        wait_s, ticket = requests.wait_s(http), await self._service.find(request_id, owner)
         if ticket is None:
             raise NotFoundError(
                 "no such request here", hint="it was deleted, its time is over, or it is another's"
             )
         if requests.wants_events(http):
             form = _Form(request_id, ticket.created, ticket.model, True, True, True)
-            follow = self._service.follow(request_id, uid)
+            follow = self._service.follow(request_id, owner)
             async with contextlib.aclosing(_Events(follow)) as events:
                 return await _Stream(http, form).send(events)
         if ticket.end is None and wait_s:
-            await self._await_end(request_id, uid, wait_s)
-            ticket = await self._service.find(request_id, uid) or ticket
+            await self._await_end(request_id, owner, wait_s)
+            ticket = await self._service.find(request_id, owner) or ticket
         return self._ticket(ticket)
 
-    async def _await_end(self, request_id: str, uid: int, seconds: float) -> None:
+    async def _await_end(self, request_id: str, owner: str, seconds: float) -> None:
         until = asyncio.get_running_loop().time() + seconds
-        follow = self._service.follow(request_id, uid)
+        follow = self._service.follow(request_id, owner)
         async with contextlib.aclosing(_Events(follow)) as events:
             while (left := until - asyncio.get_running_loop().time()) > 0:
                 if isinstance(await events.next_within(left), Answered | Failed):
@@ -433,7 +510,7 @@ class Api:
         needs is left in memory then."""
         if refusal := self._service.refusal():
             raise failure(refusal)  # before anything is read
-        (uid, pid), key = _peer(http), requests.idempotency_key(http)
+        (owner, client), key = _peer(http), requests.idempotency_key(http)
         ask = openai.decode_chat_request(await self._read(http, place))
         digest = openai.digest(ask) if key else b""
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
@@ -458,10 +535,10 @@ class Api:
             deadline_ms=ask.edgemoa.deadline_ms or deadline_ms,
             wishes=wishes,
             strict=ask.edgemoa.strict,
-            client=f"{uid}:{pid}",
+            client=client,
             streamed=bool(ask.stream),
         )
-        prompt = Prompt(request, ask.model, uid, int(time.time()), key, digest, holds)
+        prompt = Prompt(request, ask.model, owner, int(time.time()), key, digest, holds)
         return _Form.of(ask, prompt), prompt
 
     async def _read(self, http: web.Request, place: _Place) -> bytes:
@@ -723,14 +800,17 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     )
 
 
-def _peer(http: web.Request) -> tuple[int, int]:
-    """The local application that asks, as the kernel knows it: user and process."""
+def _peer(http: web.Request) -> tuple[str, str]:
+    """Whose request it is, and which application asks: user and process, as the kernel knows them,
+    or the key that was shown."""
+    if (owner := http.get(_OWNER)) is not None:
+        return owner, owner
     connection = http.get_extra_info("socket")
     if connection is None:
         raise ConnectionResetError
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
-    return uid, pid
+    return str(uid), f"{uid}:{pid}"
 
 
 def _error(error: EdgemoaError, status: int = 0) -> web.Response:

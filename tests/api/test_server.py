@@ -139,17 +139,17 @@ class ScriptedBoard:
         first = self.script[0]
         return first if isinstance(first, Failed) else prompt.request.request_id
 
-    async def find(self, request_id: str, uid: int) -> Ticket | None:
+    async def find(self, request_id: str, owner: str) -> Ticket | None:
         return None
 
-    def unfinished(self, uid: int) -> list[Ticket]:
+    def unfinished(self, owner: str) -> list[Ticket]:
         return []
 
-    async def forget(self, request_id: str, uid: int) -> bool:
+    async def forget(self, request_id: str, owner: str) -> bool:
         return False
 
     async def follow(
-        self, request_id: str, uid: int, *, holds: bool = False
+        self, request_id: str, owner: str, *, holds: bool = False
     ) -> AsyncIterator[RequestEvent]:
         try:
             for event in self.script:
