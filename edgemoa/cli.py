@@ -109,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(ask)
 
+    chat = _command(commands, "chat", _chat, "talk with the group, in a terminal")
+    chat.add_argument("--max-tokens", type=_count(1, 32_768), help="length of an answer at most")
+    chat.add_argument("--temperature", type=float, help="0, the default, is greedy")
+    _socket_option(chat)
+
+    trace = _command(commands, "trace", _trace, "how an answer came about")
+    trace.add_argument("id", metavar="ID", help="of the request, as its answer says")
+    trace.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(trace)
+
     status = _command(commands, "status", _status, "how this board is doing")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(status)
@@ -314,6 +324,31 @@ def _ask(arguments: argparse.Namespace) -> int:
         print(json.dumps(show.report(answered)))
     elif arguments.trace:
         print(f"\n{show.summary(answered)}", file=sys.stderr)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_chat, show
+
+    wishes = ("max_tokens", "temperature")
+    body = {key: getattr(arguments, key) for key in wishes if getattr(arguments, key) is not None}
+    return cli_chat.Chat(_client(arguments), show.Terminal(), body).run()
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from urllib.parse import quote
+
+    from edgemoa import show
+
+    told = _client(arguments).get(f"/v1/requests/{quote(arguments.id, safe='')}")
+    if arguments.json:
+        print(json.dumps(told))
+    elif told["state"] == "answered":
+        print(show.summary(told["response"]["edgemoa"]))
+    else:
+        place = f", {told['position']} before it" if told.get("position") else ""
+        why = f": {told['error']['message']}" if "error" in told else place
+        print(f"{told['state']}{why}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ class Client:
         with self._request("GET", path, None) as response:
             return _object(_rest(response))
 
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What the daemon says to the JSON object ``body``.
+
+        :raises DaemonUnreachableError: no daemon there.
+        :raises EdgemoaError: what the daemon answered instead.
+        """
+        with self._request("POST", path, body) as response:
+            return _object(_rest(response))
+
+    def delete(self, path: str) -> dict[str, Any]:
+        """What the daemon says when what is at ``path`` is ended; raises as :meth:`post` does."""
+        with self._request("DELETE", path, None) as response:
+            return _object(_rest(response))
+
     def open(self, path: str, offset: int = 0) -> http.client.HTTPResponse:
         """The bytes at ``path`` from ``offset`` on, to be read; their number is its ``length``.
 
@@ -37,7 +51,7 @@ class Client:
         """
         return self._request("GET", path, None, {"Range": f"bytes={offset}-"} if offset else {})
 
-    def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def chat(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The chunks of a streamed chat completion; closing the iterator cancels it.
 
         :raises EdgemoaError: before the first chunk or in the middle.

@@ -38,6 +38,7 @@ ALLOWED = {
 }
 JOINS = {
     "daemon", "demo", "cli", "cli_model", "cli_bench", "cli_sim", "cli_plan", "cli_peer_models",
+    "cli_chat",    "cli_devices",
     "__main__",
 }  # fmt: skip
 IMPURE = {
