@@ -12,6 +12,7 @@ from bench_engine_sides import Messages, Ours
 
 from edgemoa.core.messages import BoardId, ChatMessage
 from edgemoa.core.moa import Draft, Room, Synthesis, Write
+from edgemoa.core.parts import READ_CHARACTERS
 from edgemoa.engine.answer import Reader, load_reader
 from edgemoa.models.library import read_manifest
 
@@ -156,9 +157,15 @@ class Loads:
         assert isinstance(written, Write)  # noqa: S101 - there are several
         return written.messages
 
-    def begun(self, question: str, drafts: int) -> Messages:
-        """What is known of that when the first proposals are there."""
-        return Synthesis().begin(asked(question), self.own[:drafts], self._room)
+    def begun(self, question: str, *, parts: bool) -> Iterator[Messages]:
+        """What is known of that with each proposal that arrives, but the last; with ``parts``,
+        with each part of that one, too, as an owner has it read at the latest."""
+        for drafts in range(1, PROPOSALS):
+            yield Synthesis().begin(asked(question), self.own[:drafts], self._room)
+        text = self.own[-1].text
+        ends = range(READ_CHARACTERS, len(text) - READ_CHARACTERS, READ_CHARACTERS)
+        for end in ends if parts else ():
+            yield Synthesis().begin(asked(question), self.own[:-1], self._room, text[:end])
 
     @property
     def _room(self) -> Room:

@@ -19,7 +19,6 @@ from bench_engine_prompts import (
     ANSWER_TOKENS,
     FOLLOW_UP,
     LONG_TOKENS,
-    PROPOSALS,
     TO_AGGREGATE,
     Loads,
     asked,
@@ -156,21 +155,27 @@ class Bench:
             self.notes[name] = f"{done.prompt_tokens} tokens, {done.cached_tokens} of them cached"
 
     async def _aggregation(self, our: Ours) -> None:
-        """From nothing; then as it goes: the board has proposed, and reads what arrives."""
+        """From nothing; then as it goes: the board has proposed, and reads what arrives; then
+        with the last proposal told of in parts, of which the owner has not read the end."""
         whole, all_of_it = await our.write(self.loads.aggregation(f"Please, {TO_AGGREGATE}"), 1)
-        await our.write(asked(TO_AGGREGATE), 1)
-        for drafts in range(1, PROPOSALS):
-            our.engine.read_ahead("aggregation", self.loads.begun(TO_AGGREGATE, drafts))
-            await _settled(our)
-        last, done = await our.write(self.loads.aggregation(TO_AGGREGATE), WRITTEN_TOKENS)
-        our.engine.read_ahead("aggregation", ())
         self._add("our aggregation whole", 1000 * whole.first_s)
-        self._add("our aggregation last", 1000 * last.first_s)
-        self._add("our aggregation", _rest_speed([last]))
-        self.notes["aggregation"] = (
-            f"{done.prompt_tokens - done.cached_tokens} of {done.prompt_tokens} tokens,"
-            f" against {all_of_it.prompt_tokens - all_of_it.cached_tokens}"
-        )
+        for name, question, parts in (
+            ("last", TO_AGGREGATE, False),
+            ("streamed", f"Say it briefly: {TO_AGGREGATE}", True),
+        ):
+            await our.write(asked(question), 1)
+            for begun in self.loads.begun(question, parts=parts):
+                our.engine.read_ahead("aggregation", begun)
+                await _settled(our)
+            last, done = await our.write(self.loads.aggregation(question), WRITTEN_TOKENS)
+            our.engine.read_ahead("aggregation", ())
+            self._add(f"our aggregation {name}", 1000 * last.first_s)
+            if not parts:
+                self._add("our aggregation", _rest_speed([last]))
+            self.notes[f"aggregation {name}"] = (
+                f"{done.prompt_tokens - done.cached_tokens} of {done.prompt_tokens} tokens,"
+                f" against {all_of_it.prompt_tokens - all_of_it.cached_tokens}"
+            )
 
     async def _follow_up(self, our: Ours) -> None:
         """The first token of a conversation's next turn, from nothing and after the one before."""

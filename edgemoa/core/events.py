@@ -70,6 +70,7 @@ class Request(msgspec.Struct, frozen=True):
     wishes: Wishes = Wishes()
     strict: bool = False  # rather refused than answered with a smaller plan
     client: str = ""  # which local application asks; each gets the same share of the board
+    streamed: bool = False  # the client is shown the answer while it is written
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -81,6 +82,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     backend: str = ""
     threads: int = 0
     budget_tokens: int = 0  # that all jobs together may hold, prompts kept for later included
+    reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
 
 
 class WorkDone(msgspec.Struct, frozen=True):

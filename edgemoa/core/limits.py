@@ -27,17 +27,20 @@ MAX_OUTBOX_BYTES: Final = 4 * MIB  # the same, in bytes
 MAX_ALL_OUTBOXES_BYTES: Final = 32 * MIB  # to all boards together
 MAX_IN_FLIGHT: Final = 128  # envelopes sent to one board and not yet acknowledged
 MAX_LINK_QUEUE_BYTES: Final = 2 * MIB  # frames that wait for one link's socket
+MAX_PARTS_QUEUE_BYTES: Final = 64 * KIB  # beyond these, no parts of texts join them
 REPLAY_WINDOW: Final = 1024  # datagram counters and envelope sequences remembered behind the newest
 MAX_HALF_OPEN: Final = 64  # connections that have not said who they are
 MAX_PAIRINGS: Final = 32  # pairing runs at a time that strangers started here
 MAX_SUITS: Final = 64  # boards that this one tries to pair with at a time
-MAX_PAIRING_FRAME_BYTES: Final = 2 * KIB
+MAX_PAIRING_FRAME_BYTES: Final = 4 * KIB
 MAX_CERTIFICATE_BYTES: Final = 1 * KIB
 MAX_DISCOVERED: Final = 256  # boards heard of and not paired
 MAX_ADDRESSES: Final = 8  # of one board
 
 # A group and its plans
 MAX_GROUP_BOARDS: Final = 64
+MAX_GONE_BOARDS: Final = 256  # revoked, or under a key that was replaced: remembered
+MAX_RECORD_BYTES: Final = 2 * KIB  # of a roster
 MAX_LAYERS: Final = 8
 MAX_PROPOSERS: Final = 16
 
@@ -79,3 +82,5 @@ assert MAX_CHECKING < MAX_MEASURING  # schemas, which take longer, do not keep p
 assert MAX_IN_FLIGHT < REPLAY_WINDOW
 assert MAX_FRAME_BYTES < MAX_LINK_QUEUE_BYTES < MAX_OUTBOX_BYTES < MAX_ALL_OUTBOXES_BYTES
 assert MAX_CERTIFICATE_BYTES < MAX_PAIRING_FRAME_BYTES
+# A whole roster is told in one frame.
+assert (MAX_GROUP_BOARDS + MAX_GONE_BOARDS) * MAX_RECORD_BYTES < MAX_FRAME_BYTES

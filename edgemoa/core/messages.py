@@ -85,7 +85,8 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
 class Propose(msgspec.Struct, frozen=True, tag="propose"):
     """The owner asks for a proposal. Asked again (the answer got lost), it is answered again,
     not computed again: ``(sender, request_id, layer)`` names the work. With ``is_answer`` it is the
-    user's answer that is to be written, after the last layer."""
+    user's answer that is to be written, after the last layer. With ``stream`` the owner wants to
+    hear of the text while it is written (:class:`Part`)."""
 
     request_id: RequestId
     layer: Layer
@@ -95,6 +96,7 @@ class Propose(msgspec.Struct, frozen=True, tag="propose"):
     sampling: Sampling
     time_left_ms: Millis
     is_answer: bool = False
+    stream: bool = False
 
 
 class Queued(msgspec.Struct, frozen=True, tag="queued"):
@@ -113,6 +115,18 @@ class Declined(msgspec.Struct, frozen=True, tag="declined"):
     layer: Layer
     reason: Reason
     retry_after_ms: Millis = 0
+
+
+class Part(msgspec.Struct, frozen=True, tag="part"):
+    """What a proposer has written more of a text that is not finished, where the owner asked for
+    it; ``start`` counts the characters before it. Nothing but a hint: the proposal says what the
+    text is. It goes over the connection alone, which keeps the order, and is left out where that
+    has no room; the next one then holds it, too."""
+
+    request_id: RequestId
+    layer: Layer
+    start: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_PROPOSAL_BYTES)]
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_PROPOSAL_BYTES)]
 
 
 class Proposal(msgspec.Struct, frozen=True, tag="proposal"):
@@ -144,8 +158,8 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-Message: TypeAlias = Alive | Leave | Propose | Queued | Declined | Proposal | Cancel
+Message: TypeAlias = Alive | Leave | Propose | Queued | Declined | Part | Proposal | Cancel
 
-HOP_MESSAGES = (Alive, Leave)
+HOP_MESSAGES = (Alive, Leave, Part)
 """Said by one board to its neighbour and never relayed: the sealed link vouches for them, so they
 carry no signature and are not repeated when lost. Everything else is signed and delivered."""

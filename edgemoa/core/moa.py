@@ -26,6 +26,7 @@ from edgemoa.core.events import (
     Wishes,
 )
 from edgemoa.core.messages import BoardId, ChatMessage, Sampling
+from edgemoa.core.parts import BYTES_PER_TOKEN, Hearing
 
 REQUEST: Final = "{request}"
 AGGREGATION_PROMPT: Final = f"Using the best of these answers, answer once more: {REQUEST}"
@@ -126,10 +127,15 @@ class Strategy(Protocol):
         """The messages that each proposer of the next layer is given."""
 
     def begin(
-        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+        self,
+        conversation: Sequence[ChatMessage],
+        drafts: Sequence[Draft],
+        room: Room,
+        begun: str = "",
     ) -> tuple[ChatMessage, ...]:
         """What the board's own model will be given next, in another layer or to conclude, as far
-        as these first proposals of a layer tell; the last message goes on. Empty if they do not."""
+        as these first proposals of a layer tell, and ``begun``, what is there of the next one; the
+        last message goes on. Empty if they do not."""
 
     def conclude(
         self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
@@ -163,10 +169,21 @@ class Synthesis:
         return self._with_drafts(conversation, previous, room).messages
 
     def begin(
-        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+        self,
+        conversation: Sequence[ChatMessage],
+        drafts: Sequence[Draft],
+        room: Room,
+        begun: str = "",
     ) -> tuple[ChatMessage, ...]:
         """The conversation and the proposals so far, unless more of them leave less room for
         each; the instruction comes after the last one."""
+        begun = without_reasoning(begun)
+        if begun:
+            tokens = len(begun.encode()) // BYTES_PER_TOKEN
+            whole = [*drafts, Draft(BoardId(""), begun, tokens, own=False)]
+            messages = self._compose(conversation, whole)
+            if fit(whole, room) == whole and size_bytes(messages) <= limits.MAX_PROMPT_BYTES:
+                return messages[:-1]
         written = self._with_drafts(conversation, drafts, room)
         if not written.drafts:
             return ()
@@ -266,11 +283,35 @@ def _shorten(draft: Draft, tokens: int, size_bytes: int) -> Draft:
 
 
 _REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL)
+_REASONING_TAGS: Final = ("<think>", "<thinking>", "<reasoning>")
 
 
 def without_reasoning(text: str) -> str:
     """The text without a reasoning model's thoughts, which are not for the others to read."""
     return _REASONING.sub("", text).strip()
+
+
+def shown(text: str, stop: Sequence[str]) -> str:
+    """What an answer surely begins with, of which ``text`` is there, whatever follows.
+
+    That is what :meth:`Draft.of` and :meth:`Draft.as_answer` will make of the whole: without
+    reasoning, up to the first stop string; less what may turn out to be the beginning of either, or
+    the white space at its end.
+    """
+    text = _without_beginning(without_reasoning(text), _REASONING_TAGS)
+    for each in stop:
+        if each in text:
+            text = text[: text.index(each)]
+    return _without_beginning(text, stop).rstrip()
+
+
+def _without_beginning(text: str, words: Sequence[str]) -> str:
+    """``text`` without an end that one of ``words`` begins with, the longest there is."""
+    longest = max(map(len, words), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(word.startswith(text[-length:]) for word in words):
+            return text[:-length]
+    return text
 
 
 class State(StrEnum):
@@ -330,6 +371,8 @@ class Run:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of its tokens, if asked for
     told_logprobs: int = 0  # how many of them the client has been given
     read_ahead: bool = False  # the model was told what the next prompt begins with
+    heard: dict[BoardId, Hearing] = field(default_factory=dict)  # of who is awaited and tells
+    reading: BoardId | None = None  # whose unfinished proposal is read ahead
 
     def move(self, state: State) -> None:
         """Go to ``state``.
@@ -353,6 +396,8 @@ class Run:
         self.layer_deadline_ms = now_ms + min(layer_deadline_ms, (end_ms - now_ms) // parts)
         self.previous, self.drafts = self.drafts or self.previous, []
         self.pending, self.asked = set(boards), set(boards)
+        self.heard.clear()
+        self.reading = None
 
     def ask_also(self, board: BoardId) -> None:
         """A substitute for a proposer that declined."""
@@ -363,17 +408,35 @@ class Run:
         """Take a proposal; False if nobody waits for it (late, repeated, of another layer)."""
         if not self.waits_for(draft.board, record.layer):
             return False
-        self.pending.discard(draft.board)
+        self._no_longer_wait(draft.board)
         self.drafts.append(draft)
         self.records.append(record)
         return True
 
     def leave_out(self, board: BoardId, name: str, reason: str) -> LeftOut:
         """Stop waiting for a proposer of this layer."""
-        self.pending.discard(board)
+        self._no_longer_wait(board)
         out = LeftOut(board=name, board_id=board, layer=self.layer, reason=reason)
         self.left_out.append(out)
         return out
+
+    def _no_longer_wait(self, board: BoardId) -> None:
+        self.pending.discard(board)
+        self.heard.pop(board, None)
+        if self.reading == board:
+            self.reading = None
+
+    def heard_of(self, board: BoardId, layer: int) -> Hearing | None:
+        """What was heard of a text that is awaited and was to be told of; else None."""
+        return self.heard.get(board) if self.waits_for(board, layer) else None
+
+    def unfinished(self) -> Hearing | None:
+        """The proposal to read while it is written: one and the same until it is there, the one
+        of which there was most."""
+        if self.reading is None:
+            longest = max(self.heard, key=lambda board: len(self.heard[board].text), default=None)
+            self.reading = longest if longest and self.heard[longest].text else None
+        return self.heard[self.reading] if self.reading else None
 
     def waits_for(self, board: BoardId, layer: int) -> bool:
         """Whether a proposal of ``board`` for ``layer`` would still count."""

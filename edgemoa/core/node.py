@@ -758,7 +758,11 @@ class Node:
             self._tell_text(run, shown(heard.text, run.request.sampling.stop))
             if run.told:  # it cannot be written here any more, so it may take what time there is
                 run.layer_deadline_ms = min(now_ms + STALL_MS, run.deadline_ms)
-        elif len(heard.text) - heard.read >= READ_CHARACTERS and run.reading in (None, sender):
+        elif (
+            not self.queue.running
+            and run.reading in (None, sender)
+            and len(heard.text) - heard.read >= READ_CHARACTERS
+        ):
             self._read_ahead(run)
 
     def _take(self, run: Run, draft: Draft, record: ProposalRecord, now_ms: int) -> None:

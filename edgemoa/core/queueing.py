@@ -18,6 +18,7 @@ from typing import Final, Literal, TypeAlias
 from edgemoa.core.events import Job, JobKind
 from edgemoa.core.load import KINDS, Arrivals, ServiceTimes
 from edgemoa.core.messages import BoardId
+from edgemoa.core.parts import Telling
 
 OWN_WEIGHT: Final = 3.0  # of the own user's work, where the peers' altogether has 1
 MOST_COMES: Final = 0.95  # of the other class, against what the board can do, that is reckoned with
@@ -43,6 +44,7 @@ class Work:
     size_bytes: int = 0
     attempts: int = 0
     started_ms: int = -1
+    telling: Telling | None = None  # to a peer that wants to hear of the text while it is written
     order: tuple[int, int] = (0, 0)  # within its line
 
     @property

@@ -527,6 +527,7 @@ class Engine:
                 backend=ready.backend,
                 threads=self._threads,
                 budget_tokens=ready.budget_tokens,
+                reads_ahead=ready.reads_ahead,
             )
         )
 

@@ -38,6 +38,9 @@ class Receiver(Protocol):
     def on_offence(self, what: str) -> None:
         """The peer, and nobody else, sent what no board should."""
 
+    def on_roster(self, link: Link, packet: bytes) -> None:
+        """What the peer says of whom it trusts. :raises ProtocolError: if it is malformed."""
+
     def on_room(self) -> None:
         """Frames went out: :meth:`Link.has_room` may have changed."""
 
@@ -106,9 +109,9 @@ class Link:
 
     # --- sending
 
-    def has_room(self, size: int) -> bool:
-        """Whether a frame of ``size`` bytes may be queued now."""
-        return not self._frames or self._queued_bytes + size <= limits.MAX_LINK_QUEUE_BYTES
+    def has_room(self, size: int, most: int = limits.MAX_LINK_QUEUE_BYTES) -> bool:
+        """Whether a frame of ``size`` bytes may be queued now, of ``most`` altogether."""
+        return not self._frames or self._queued_bytes + size <= most
 
     def send_frame(self, packet: bytes) -> None:
         """Queue a packet for the connection, behind what is queued."""
@@ -180,6 +183,10 @@ class Link:
                 if datagram and packet[0] == wire.ACK:
                     self._datagrams_arrive()
                 self._receiver.on_packet(self, packet, datagram=datagram)
+            case wire.ROSTER if not datagram:
+                self._receiver.on_roster(self, packet)
+            case wire.BYE if not datagram:
+                self.close(f"it ended the link: {wire.read_bye(packet)}")
             case wire.HELLO | None:
                 raise ProtocolError("packet out of place")
             case _:
@@ -190,6 +197,24 @@ class Link:
         self.udp_works = True
 
     # --- living
+
+    async def is_alive(self, seconds: float) -> bool:
+        """Whether the peer shows within so many seconds that it is there."""
+        asked = self._loop.time()
+        ping = wire.numbered(wire.PING, secrets.randbits(63) | 1)
+        self.send_datagram(ping)
+        self.send_frame(ping)
+        while not self.closed and self._loop.time() - asked < seconds:
+            if self._heard_at > asked:
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+    def part(self, reason: str) -> None:
+        """End the link, and let the peer know why, as far as that gets through."""
+        if not self.closed:
+            self.connection.writer.write(wire.framed(wire.bye_packet(reason)))
+            self.close(reason)
 
     def close(self, reason: str) -> None:
         """End the link; :meth:`run` returns ``reason``. What is queued is lost."""
@@ -253,6 +278,8 @@ class Link:
 
     async def _write(self) -> None:
         writer = self.connection.writer
+        # Under TLS, half a megabyte would wait there otherwise before anything waits here.
+        writer.transport.set_write_buffer_limits(limits.MAX_PARTS_QUEUE_BYTES)
         while True:
             await self._more.wait()
             while self._frames:

@@ -19,13 +19,14 @@ from typing import Protocol
 
 from edgemoa.core import envelope, limits
 from edgemoa.core.envelope import short
-from edgemoa.core.messages import HOP_MESSAGES, BoardId, Message
+from edgemoa.core.messages import HOP_MESSAGES, BoardId, Message, Part
 from edgemoa.errors import ProtocolError
 from edgemoa.net import sealed, wire
 from edgemoa.net.conduct import Conduct
 from edgemoa.net.identity import Identity
 from edgemoa.net.link import Link
 from edgemoa.net.tls import Connection
+from edgemoa.net.twins import Twins
 from edgemoa.store import PairedBoard
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,14 @@ class Peer:
         events: Events,
         budget: Budget,
         timings: wire.Timings,
+        hear: Callable[[Peer, Link, wire.RosterNews], None] = lambda *_: None,
     ) -> None:
         self.board = board
         self.link: Link | None = None
         self.changed = asyncio.Event()  # set when there is reason to look at link and addresses
         self.detail = ""
+        self.given = ""  # what people want it to be called
+        self.twins = Twins(timings)
         self.duplicates = 0
         self.conduct = Conduct(time.monotonic())
         self._copies: set[Connection] = set()
@@ -103,6 +107,7 @@ class Peer:
         self._boot = boot
         self._events = events
         self._budget = budget
+        self._hear = hear
         self._timings = timings
         self._authors = {
             envelope.key_id(board.public_key): envelope.Author.from_key(board.public_key)
@@ -123,7 +128,12 @@ class Peer:
     @property
     def name(self) -> str:
         """What to call it before people."""
-        return self.board.name or short(self.board.id)
+        return self.given or self.board.name or short(self.board.id)
+
+    @property
+    def known_as(self) -> str:
+        """The name that people gave it, else the one that it calls itself, else ""."""
+        return self.given or self.board.name
 
     @property
     def gray_s(self) -> float:
@@ -206,12 +216,12 @@ class Peer:
             self._copies.discard(connection)
             connection.abort()
 
-    def drop(self) -> None:
+    def drop(self, reason: str) -> None:
         """The board is no longer paired: whatever waits for it is undelivered."""
         for entry in [*self._in_flight.values(), *self._waiting]:
             self._give_up(entry)
         if self.link is not None:
-            self.link.close("no longer paired")
+            self.link.part(reason)
         self._end_copies()
 
     def silence(self) -> None:
@@ -228,9 +238,12 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Deliver a message, or call ``on_undelivered`` once, later. A hop message is sent or
-        forgotten, without either."""
+        forgotten, without either; but a part of a text is undelivered where it cannot be sent."""
         loop = asyncio.get_running_loop()
         kind, body = envelope.encode(message)
+        if isinstance(message, Part):
+            self._send_part(message, bytes([wire.HOP]) + body)
+            return
         if isinstance(message, HOP_MESSAGES):
             self._send_hop(bytes([wire.HOP]) + body)
             return
@@ -271,6 +284,10 @@ class Peer:
                 self.link.close(what)
             self._end_copies()
 
+    def on_roster(self, link: Link, packet: bytes) -> None:
+        """See :class:`edgemoa.net.link.Receiver`."""
+        self._hear(self, link, wire.read_roster(packet))
+
     def on_room(self) -> None:
         """See :class:`edgemoa.net.link.Receiver`."""
         self._pump()
@@ -283,6 +300,15 @@ class Peer:
             link.send_datagram(packet)
         elif link.has_room(len(packet)):
             link.send_frame(packet)
+
+    def _send_part(self, part: Part, packet: bytes) -> None:
+        """Over the connection, which keeps the order, while little waits there. What is not sent
+        now, the next part brings along: a slow reader gets fewer and longer ones."""
+        if self.link is not None and self.link.has_room(len(packet), limits.MAX_PARTS_QUEUE_BYTES):
+            self.link.send_frame(packet)
+        else:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._events.on_undelivered, self.board.id, part)
 
     def _pump(self) -> None:
         """Send what may be sent. The sequences in flight stay within the receiver's window."""
@@ -376,7 +402,9 @@ class Peer:
                     self._forget(entry)
             self._pump()
         elif packet[0] == wire.HOP:
-            self._events.on_message(self.board.id, envelope.decode_hop(packet[1:]))
+            message = envelope.decode_hop(packet[1:])
+            if not (datagram and isinstance(message, Part)):
+                self._events.on_message(self.board.id, message)
         else:
             self._on_envelope(link, packet, datagram=datagram)
 

@@ -92,7 +92,9 @@ class Checks:
     def read_ahead(self, board: Board, request_id: str, messages: tuple[ChatMessage, ...]) -> None:
         """The model is told to read what will come."""
         run = board.node.runs.get(request_id) if board.node else None
-        if run is None or run.state is not State.PROPOSING or not (run.drafts and run.pending):
+        begun = run is not None and any(heard.text for heard in run.heard.values())
+        there = run is not None and run.pending and (run.drafts or begun)
+        if run is None or run.state is not State.PROPOSING or not there:
             self.violated(f"{board.board_id} reads ahead for {request_id} without a reason")
         if messages[: len(run.request.messages)] != run.request.messages or not all(
             draft.text in messages[-1].content for draft in run.drafts

@@ -92,6 +92,7 @@ class Scenario:
     engine_crashes_per_s: float = 0.0
     failures: float = 0.0  # jobs that the engine cannot do
     cancels: float = 0.0  # users that go away before their answer
+    streams: bool = False  # proposals and answers of other boards are told of in parts
 
     def __post_init__(self) -> None:
         """Refuse what cannot be simulated.

@@ -117,7 +117,11 @@ class Wordless:
         return (*conversation, *(_PROPOSAL,) * len(previous))
 
     def begin(
-        self, conversation: Sequence[ChatMessage], drafts: Sequence[Draft], room: Room
+        self,
+        conversation: Sequence[ChatMessage],
+        drafts: Sequence[Draft],
+        room: Room,
+        begun: str = "",
     ) -> tuple[ChatMessage, ...]:
         """Nothing is read ahead."""
         return ()
@@ -290,8 +294,7 @@ class World:
         node = Node(board.board_id, self._settings(board), random, self.now_ms)
         board.node = node
         self._note("start", board.board_id, board.boot)
-        slots = board.law.slots
-        info = EngineInfo("simulated", context_tokens=CONTEXT_TOKENS, slots=slots)
+        info = self._engine_info(board)
         if self._table is not None:
             # Ready before it knows anybody: nobody is to be told.
             self._do(board, node.engine_is_ready(info, self.now_ms))
@@ -301,6 +304,14 @@ class World:
             if other != board.board_id:
                 self._do(board, node.pair(other, other, self.now_ms))
         self._do(board, node.engine_is_ready(info, self.now_ms))
+
+    def _engine_info(self, board: Board) -> EngineInfo:
+        return EngineInfo(
+            "simulated",
+            context_tokens=CONTEXT_TOKENS,
+            slots=board.law.slots,
+            reads_ahead=self.scenario.streams,
+        )
 
     def _settings(self, board: Board) -> NodeSettings:
         scenario = self.scenario
@@ -422,6 +433,7 @@ class World:
             proposers=scenario.proposers,
             sampling=_GREEDY,
             deadline_ms=round(scenario.deadline_s * 1000),
+            streamed=scenario.streams,
         )
         self._asked += 1
         self.prompts[request.request_id] = prompt
@@ -633,7 +645,7 @@ class World:
 
     def _engine_back(self, board: Board, node: Node) -> None:
         if board.node is node:
-            info = EngineInfo("simulated", context_tokens=CONTEXT_TOKENS, slots=board.law.slots)
+            info = self._engine_info(board)
             self._do(board, node.engine_is_ready(info, self.now_ms))
 
     def _next_fault(self, board: Board, rate: float, fault: Callable[[Board], None]) -> None:

@@ -16,7 +16,6 @@ from test_server import ScriptedBoard, answered, board, path  # noqa: F401
 
 from edgemoa.core.events import Accepted, Granted, Text
 
-
 _CHAT = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C comes from the terminal

@@ -11,6 +11,8 @@ from random import Random
 
 import pytest
 
+from edgemoa.core.messages import BoardId, Part
+from edgemoa.core.node import Node
 from edgemoa.sim.scenario import FREE, PAPER
 from edgemoa.sim.world import InvariantError, Scenario, World
 
@@ -98,9 +100,36 @@ def test_invariants_hold_whatever_the_faults(seed: int) -> None:
                     {"discipline": "fcfs", "pick": "uniform"},
                 ]
             ),
+            streams=seed % 2 == 1,
         ),
         seed,
     ).run()
+
+
+def test_answers_and_proposals_are_told_of_in_parts() -> None:
+    """Nothing is mixed, whatever is lost or comes twice; and where nobody asks, nothing is told."""
+    told = []
+
+    def count(self: Node, sender: BoardId, part: Part, now_ms: int) -> None:
+        told.append(part)
+        really(self, sender, part, now_ms)
+
+    really = Node._part_arrived
+    node = {"aggregator": "strongest", "own_proposal": "always"}
+    streaming = replace(
+        STORM, boards=6, prompts_per_s=0.1, service_s=(0.2, 5.0), streams=True, node=node
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Node, "_part_arrived", count)
+        for seed in range(3):
+            assert World(streaming, seed).run().answered > 10
+        assert 3 in {part.layer for part in told}  # of two, and the answer
+        told.clear()
+        World(replace(streaming, node={}), 1).run()
+        assert {part.layer for part in told} == {1, 2}
+        told.clear()
+        World(replace(streaming, streams=False), 1).run()
+        assert not told
 
 
 def test_what_is_called_off_stops_everywhere() -> None:

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import msgpack
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -33,6 +34,7 @@ REQUEST_ID = (STR, 8, 64)
 LAYER = (INT, 1, 8)
 COUNT = (INT, 0, 2**31)
 MILLIS = (INT, 0, 2**40)
+EPOCH = (INT, 0, 2**53 - 1)
 NAME = (STR, 0, 64)
 TURN = {"role": ("system", "user", "assistant"), "content": (STR, 0, 256 * KIB)}
 SAMPLING: dict[str, Any] = {
@@ -55,6 +57,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "sampling": SAMPLING,
         "time_left_ms": MILLIS,
         "is_answer": (*BOOL, False),
+        "stream": (*BOOL, False),
     },
     "queued": {
         "request_id": REQUEST_ID,
@@ -83,6 +86,28 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "model_ms": (*MILLIS, 0),
     },
     "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
+}
+HOPS: dict[str, dict[str, Any]] = {
+    "alive": {
+        "boot": EPOCH,
+        "sequence": EPOCH,
+        "name": NAME,
+        "accepting": BOOL,
+        "model": NAME,
+        "waiting": COUNT,
+        "running": COUNT,
+        "expected_wait_ms": MILLIS,
+        "proposal_ms": (*MILLIS, 0),
+        "aggregation_ms": (*MILLIS, 0),
+        "utilisation_permille": (*COUNT, 0),
+    },
+    "leave": {"boot": EPOCH},
+    "part": {
+        "request_id": REQUEST_ID,
+        "layer": LAYER,
+        "start": (INT, 0, 64 * KIB),
+        "text": (STR, 1, 64 * KIB),
+    },
 }
 
 BYTES = (INT, 0, 2**48)
@@ -234,6 +259,15 @@ def open_envelope(data: bytes, authors: list[bytes], to: str, to_boot: int) -> d
     return {"boot": boot, "sequence": sequence, "type": kind, "message": message}
 
 
+def open_hop(body: bytes) -> dict[str, Any]:
+    fields = unpack(body, "hop message")
+    try:
+        kind = fields["type"]
+        return {"type": kind, "message": fits(fields, HOPS[kind])}
+    except (KeyError, ValueError, TypeError):
+        raise RefusedError("not a valid hop message") from None
+
+
 def direction_key(
     sender: str, receiver: str, sender_secret: bytes, receiver_secret: bytes
 ) -> bytes:
@@ -272,13 +306,86 @@ def check_proof(proof: bytes, key: bytes, role: str, digest: bytes, public_key: 
     if not hmac.compare_digest(
         fields["mac"], hmac.new(key, role.encode() + digest, "sha256").digest()
     ):
-        raise RefusedError("the other board holds another join secret")
+        raise RefusedError("the other board holds another join secret or code")
     signed = b"edgemoa/pair/v1/" + role.encode() + digest
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(fields["signature"], signed)
     except InvalidSignature:
         raise RefusedError("the other board does not hold the key that it shows") from None
     return str(fields["name"])
+
+
+def code_key(shared: bytes) -> bytes:
+    """What proofs are made with, from what SPAKE2 gave."""
+    return HKDF(SHA256(), 32, None, b"edgemoa/pair/v1/code").derive(shared)
+
+
+ID = (STR, 56, 56)
+VERSION = (INT, 1, 2**53 - 1)
+CERTIFICATE = (bytes, 0, KIB)
+RECORDS: dict[str, tuple[Any, ...]] = {
+    "admit": (VERSION, ID, CERTIFICATE, NAME),
+    "revoke": (VERSION, ID, ID),
+    "replace": (VERSION, ID, CERTIFICATE),
+}
+
+
+def key_in(certificate: bytes) -> bytes:
+    """Its public key; of what section 1 demands of certificates only what the vectors try."""
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+    except ValueError:
+        raise RefusedError("not a valid certificate") from None
+    assert isinstance(key, Ed25519PublicKey)
+    return key.public_bytes_raw()
+
+
+def open_record(data: bytes, signer: bytes) -> dict[str, Any]:
+    what = "roster record"
+    kind, payload, signature = array(
+        unpack(data, what), what, (STR, 1, 32), (bytes, 0, 2 * KIB), (bytes, 64, 64)
+    )
+    rest = unpack(data, what)[3:]
+    version, by, about, *name = array(unpack(payload, what), what, *RECORDS[kind])
+    check_board_id(by)
+    public = b"" if kind == "revoke" else key_in(about)
+    board = check_board_id(about) if kind == "revoke" else board_id(public)
+    if by == board and kind != "revoke":
+        raise RefusedError(f"not a valid {what}")
+    if [len(s) for s in rest] != ([64] if kind == "replace" else []):
+        raise RefusedError(f"not a valid {what}")
+    signed = b"edgemoa/roster/v1/" + kind.encode() + b"\0" + payload
+    try:
+        Ed25519PublicKey.from_public_bytes(signer).verify(signature, signed)
+        if kind == "replace":
+            Ed25519PublicKey.from_public_bytes(public).verify(rest[0], signed)
+    except InvalidSignature:
+        raise RefusedError(f"{what} with a wrong signature") from None
+    replaced = kind == "replace"
+    return {
+        "kind": kind,
+        "version": version,
+        "by": by,
+        "board": by if replaced else board,
+        "successor": board if replaced else "",
+        "name": name[0] if name else "",
+    }
+
+
+def roster_digest(records: list[bytes]) -> bytes:
+    each = [hashlib.sha256(r).digest() for r in sorted(records)]
+    return hashlib.sha256(b"".join(each)).digest()
+
+
+def open_roster_packet(packet: bytes) -> dict[str, Any]:
+    return fits(  # type: ignore[no-any-return]
+        unpack(packet[1:], "roster packet"),
+        {
+            "digest": (bytes, 32, 32),
+            "known": (LIST, 0, 64, (bytes, 8, 8)),
+            "records": (LIST, 0, 320, (bytes, 0, 2 * KIB), []),
+        },
+    )
 
 
 def copying(packet: bytes, side: str) -> dict[str, Any]:

@@ -16,21 +16,26 @@ import msgpack
 import msgspec
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from spake2 import SPAKE2_A, SPAKE2_B
 
 from edgemoa.core import envelope
 from edgemoa.core.messages import (
+    Alive,
     Cancel,
     ChatMessage,
     Declined,
+    Leave,
     Message,
+    Part,
     Proposal,
     Propose,
     Queued,
     Sampling,
 )
+from edgemoa.core.roster import Roster
 from edgemoa.models.library import ModelFile, content_id
-from edgemoa.net import copies, pairing, sealed
-from edgemoa.net.identity import Identity, make_certificate
+from edgemoa.net import copies, pairing, sealed, wire
+from edgemoa.net.identity import Identity, make_certificate, read_certificate
 
 FOLDER = Path(__file__).parent
 BOOT, TO_BOOT = 3 << 21 | 1, 9 << 21 | 7
@@ -58,6 +63,7 @@ MESSAGES: list[Message] = [
         (ChatMessage("system", "Be brief."), ChatMessage("user", "Why is the sky blue? 🌌")),
         Sampling(64, 0.7, 0.9, 5, ("\n\n",), 40, 0.05, 1.1, presence_penalty=-0.5),
         12_000,
+        stream=True,
     ),
     Queued("request-0001", 1, 2, 900),
     Declined("request-0001", 1, "busy", 1500),
@@ -65,6 +71,11 @@ MESSAGES: list[Message] = [
         "request-0001", 2, "Rayleigh scattering.", "model", 20, 5, 100, 2000, "stop", 12, 900, 1500
     ),
     Cancel("request-0001", 8),
+]
+HOPS: list[Message] = [
+    Alive(BOOT, 7, "ann", True, "model", 1, 2, 900, 1_000, 2_000, 500),
+    Leave(BOOT),
+    Part("request-0001", 2, 17, " of light 🌌"),
 ]
 
 
@@ -261,6 +272,37 @@ def envelopes() -> Vectors:
     }
 
 
+def hops() -> Vectors:
+    good = []
+    for message in HOPS:
+        kind, data = envelope.encode(message)
+        told = {k: v for k, v in msgspec.to_builtins(message).items() if k != "type"}
+        good.append({"name": kind, "body": data.hex(), "type": kind, "message": told})
+    fields = msgspec.to_builtins(HOPS[-1])
+    fine = envelope.encode(HOPS[-1])[1]
+    bad = [
+        ("empty", b""),
+        ("truncated", fine[:-1]),
+        ("trailing byte", fine + b"\0"),
+        ("of a signed type", envelope.encode(MESSAGES[-1])[1]),
+        ("of no type", msgpack.packb({k: v for k, v in fields.items() if k != "type"})),
+    ]
+    for name, changes in (
+        ("of unknown type", {"type": "later"}),
+        ("before the text's first character", {"start": -1}),
+        ("beyond what a text may be", {"start": 65_537}),
+        ("nothing more", {"text": ""}),
+        ("bytes for text", {"text": b"abc"}),
+        ("layer 0", {"layer": 0}),
+    ):
+        bad.append((name, msgpack.packb({**fields, **changes})))
+    error = "not a valid hop message"
+    return {
+        "good": good,
+        "bad": [{"name": n, "body": d.hex(), "error": error} for n, d in bad],
+    }
+
+
 def datagrams() -> Vectors:
     ann_secret, bob_secret = b"A" * 32, b"B" * 32
     forth = sealed.direction_key(ANN.board_id, BOB.board_id, ann_secret, bob_secret)
@@ -299,12 +341,12 @@ def pairings() -> Vectors:
     start = pairing._encode(pairing._Start((1, 1), b"j" * 32, ANN.certificate))
     accept = pairing._encode(pairing._Accept(1, b"m" * 32))
     digest = pairing._transcript(BOB.certificate, start, accept)
-    joiner = pairing._encode(pairing._prove(ANN, secret, b"J", digest))
-    member = pairing._encode(pairing._prove(BOB, secret, b"M", digest, "bob"))
+    joiner = pairing._encode(pairing._prove(ANN, secret.key, b"J", digest))
+    member = pairing._encode(pairing._prove(BOB, secret.key, b"M", digest, "bob"))
     middle = pairing._transcript(CID.certificate, start, accept)
-    other = "the other board holds another join secret"
+    other = "the other board holds another join secret or code"
     wrong_key = "the other board does not hold the key that it shows"
-    posing = pairing._encode(pairing._prove(CID, secret, b"J", digest))
+    posing = pairing._encode(pairing._prove(CID, secret.key, b"J", digest))
     return {
         "join_secret": text,
         "key": secret.key.hex(),
@@ -325,14 +367,14 @@ def pairings() -> Vectors:
                 (
                     "a man in the middle's certificate",
                     "J",
-                    pairing._encode(pairing._prove(ANN, secret, b"J", middle)),
+                    pairing._encode(pairing._prove(ANN, secret.key, b"J", middle)),
                     other,
                 ),
                 (
                     "another secret",
                     "J",
                     pairing._encode(
-                        pairing._prove(ANN, pairing.JoinSecret(bytes(32)), b"J", digest)
+                        pairing._prove(ANN, bytes(32), b"J", digest)
                     ),
                     other,
                 ),
@@ -349,6 +391,130 @@ def pairings() -> Vectors:
                 ("too short", text[:-1]),
                 ("too long", text + "a"),
                 ("without prefix", text.removeprefix("edgemoa-join-")),
+            )
+        ],
+    }
+
+
+class FixedSpake(pairing._Spake):
+    """With a scalar that is always the same."""
+
+    def __init__(self, side: Any, code: pairing.Code, name: str) -> None:
+        fixed = hashlib.shake_256(name.encode()).digest
+        self._run = side(
+            code.digits.encode(),
+            idA=ANN.board_id.encode(),
+            idB=BOB.board_id.encode(),
+            entropy_f=fixed,
+        )
+
+
+def codes() -> Vectors:
+    """A run with a code, J being ANN and M being BOB."""
+    code = pairing.Code("01234567")
+    a, b = FixedSpake(SPAKE2_A, code, "ann"), FixedSpake(SPAKE2_B, code, "bob")
+    half_a, half_b = a.start(), b.start()
+    start = pairing._encode(pairing._CodeStart((1, 1), b"j" * 32, ANN.certificate, half_a))
+    accept = pairing._encode(pairing._Accept(1, b"m" * 32, half_b))
+    digest = pairing._transcript(BOB.certificate, start, accept)
+    key = a.finish(half_b)
+    wrong = FixedSpake(SPAKE2_A, pairing.Code("01234568"), "ann")
+    wrong.start()
+    other = "the other board holds another join secret or code"
+    return {
+        "code": code.digits,
+        "joiner": ANN.public_key.hex(),
+        "member": BOB.public_key.hex(),
+        "member_certificate": BOB.certificate.hex(),
+        "joiner_half": half_a.hex(),
+        "member_half": half_b.hex(),
+        "key": key.hex(),
+        "start": start.hex(),
+        "accept": accept.hex(),
+        "transcript": digest.hex(),
+        "good": [
+            {"role": "J", "proof": proof(ANN, key, b"J", digest), "name": ""},
+            {"role": "M", "proof": proof(BOB, key, b"M", digest, "bob"), "name": "bob"},
+        ],
+        "bad": [
+            {"name": n, "role": r, "proof": p, "error": other}
+            for n, r, p in (
+                ("another code", "J", proof(ANN, wrong.finish(half_b), b"J", digest)),
+                ("reflected", "M", proof(ANN, key, b"J", digest)),
+            )
+        ],
+        "bad_halves": [
+            {"name": n, "half": h.hex(), "error": "not a valid half of SPAKE2"}
+            for n, h in (
+                ("the other's own", half_a),
+                ("zero", b"B\x01" + bytes(31)),
+                ("no point", b"B" + b"\x02" + bytes(31)),
+                ("of small order", b"B" + bytes(32)),
+                ("of no side", b"C" + half_b[1:]),
+            )
+        ],
+    }
+
+
+def proof(who: Identity, key: bytes, role: bytes, digest: bytes, name: str = "") -> str:
+    return pairing._encode(pairing._prove(who, key, role, digest, name)).hex()
+
+
+def said(who: Identity, kind: str, *payload: Any, new: Identity | None = None) -> bytes:
+    """A roster record by hand."""
+    data: bytes = msgpack.packb(list(payload))
+    signed = b"edgemoa/roster/v1/" + kind.encode() + b"\0" + data
+    signatures = [who.sign(signed)] + ([new.sign(signed)] if new else [])
+    return bytes(msgpack.packb([kind, data, *signatures]))
+
+
+def rosters() -> Vectors:
+    ann, bob, cid = ANN.board_id, BOB.board_id, CID.board_id
+    admit = said(ANN, "admit", 1, ann, BOB.certificate, "attic")
+    revoke = said(ANN, "revoke", 1001, ann, bob)
+    replace = said(ANN, "replace", 2, ann, CID.certificate, new=CID)
+    flipped = admit[:-1] + bytes([admit[-1] ^ 1])
+    wrong, bad = "roster record with a wrong signature", "not a valid roster record"
+    news = wire.RosterNews(
+        b"d" * 32, (b"k" * 8,), (admit, revoke), (wire.Where(b"k" * 8, "192.0.2.1", 7946),)
+    )
+    return {
+        "signer": ANN.public_key.hex(),
+        "good": [
+            {"record": admit.hex(), "kind": "admit", "version": 1, "by": ann, "board": bob,
+             "successor": "", "name": "attic"},
+            {"record": revoke.hex(), "kind": "revoke", "version": 1001, "by": ann, "board": bob,
+             "successor": "", "name": ""},
+            {"record": replace.hex(), "kind": "replace", "version": 2, "by": ann, "board": ann,
+             "successor": cid, "name": ""},
+        ],
+        "digest": Roster(
+            ann, ANN.public_key, ANN.sign, read_certificate, [admit]
+        ).digest.hex(),
+        "digest_of": [admit.hex()],
+        "packet": wire.roster_packet(news).hex(),
+        "bye": wire.bye_packet("revoked by ann").hex(),
+        "bad": [
+            {"name": n, "record": d.hex(), "error": e}
+            for n, d, e in (
+                ("empty", b"", bad),
+                ("truncated", admit[:-1], bad),
+                ("trailing byte", admit + b"\0", bad),
+                ("changed", flipped, wrong),
+                ("another's signature", said(CID, "revoke", 9, ann, bob), wrong),
+                ("version 0", said(ANN, "revoke", 0, ann, bob), bad),
+                ("version 2**53", said(ANN, "revoke", 2**53, ann, bob), bad),
+                ("version is a bool", said(ANN, "revoke", True, ann, bob), bad),
+                ("no board", said(ANN, "revoke", 1, ann), bad),
+                ("a board with a typing error", said(ANN, "revoke", 1, ann, "a" * 56),
+                 "not a board's identity"),
+                ("a long name", said(ANN, "admit", 1, ann, BOB.certificate, "x" * 65), bad),
+                ("no certificate", said(ANN, "admit", 1, ann, b"x", ""), "not a valid certificate"),
+                ("of itself", said(ANN, "admit", 1, ann, ANN.certificate, ""), bad),
+                ("a new key that did not sign", said(ANN, "replace", 1, ann, CID.certificate), bad),
+                ("a new key of another's",
+                 said(ANN, "replace", 1, ann, CID.certificate, new=BOB), wrong),
+                ("the same key again", said(ANN, "replace", 1, ann, ANN.certificate, new=ANN), bad),
             )
         ],
     }
@@ -450,8 +616,11 @@ def fields(message: msgspec.Struct) -> Any:
 FILES = {
     "identity.json": identities,
     "envelope.json": envelopes,
+    "hop.json": hops,
     "datagram.json": datagrams,
     "pairing.json": pairings,
+    "code.json": codes,
+    "roster.json": rosters,
     "copies.json": copied_models,
 }
 

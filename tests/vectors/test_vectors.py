@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from edgemoa.core import envelope
-from edgemoa.core.messages import ChatMessage, Message, Sampling
+from edgemoa.core.messages import HOP_MESSAGES, ChatMessage, Message, Sampling
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelFile, content_id
 from edgemoa.net import copies, pairing, sealed, wire
@@ -24,7 +24,7 @@ VECTORS: dict[str, Any] = {
 }
 IDENTITY, ENVELOPE = VECTORS["identity.json"], VECTORS["envelope.json"]
 DATAGRAM, PAIRING = VECTORS["datagram.json"], VECTORS["pairing.json"]
-COPIES = VECTORS["copies.json"]
+COPIES, HOP = VECTORS["copies.json"], VECTORS["hop.json"]
 
 
 def named(vector: dict[str, Any]) -> str:
@@ -88,6 +88,26 @@ def test_bad_envelopes(view: Any, vector: dict[str, Any]) -> None:
     assert str(caught.value) == vector["error"]
 
 
+def hop(data: bytes) -> dict[str, Any]:
+    """The package's view of a hop message, in the vectors' form."""
+    message = json.loads(msgspec.json.encode(envelope.decode_hop(data)))
+    return {"type": message.pop("type"), "message": message}
+
+
+@pytest.mark.parametrize("view", [hop, decoder.open_hop])
+def test_hop_messages(view: Any) -> None:
+    kinds = set()
+    for vector in HOP["good"]:
+        told = view(bytes.fromhex(vector["body"]))
+        assert told == {k: vector[k] for k in ("type", "message")}
+        kinds.add(told["type"])
+    assert kinds == {str(kind.__struct_config__.tag) for kind in HOP_MESSAGES}
+    for vector in HOP["bad"]:
+        with pytest.raises((EdgemoaError, decoder.RefusedError)) as caught:
+            view(bytes.fromhex(vector["body"]))
+        assert str(caught.value) == vector["error"], vector["name"]
+
+
 def test_datagrams() -> None:
     names = (DATAGRAM["sender"], DATAGRAM["receiver"])
     mine, theirs = (bytes.fromhex(DATAGRAM[k]) for k in ("sender_secret", "receiver_secret"))
@@ -121,7 +141,7 @@ def test_pairing() -> None:
 
     def check(proof: bytes, role: str) -> str:
         decoded = envelope.decode(pairing._proofs, proof, "pairing proof")
-        pairing._check_proof(decoded, keys[role], secret, role.encode(), digest)
+        pairing._check_proof(decoded, keys[role], secret.key, role.encode(), digest)
         return decoded.name
 
     def check_independently(proof: bytes, role: str) -> str:
@@ -184,6 +204,7 @@ def test_the_specification_names_every_field_and_error() -> None:
     page = (Path(__file__).parents[2] / "edgemoa" / "PROTOCOL.md").read_text()
     structures = (*typing.get_args(Message), ChatMessage, Sampling, wire.Hello)
     structures += (copies.Offer, *typing.get_args(copies.Ask), *typing.get_args(copies.Answer))
+    structures += (wire.RosterNews, wire.Bye, pairing._CodeStart, pairing.News)
     for structure in (*structures, pairing._Start, pairing._Accept, pairing._Proof, pairing._Done):
         for name in structure.__struct_fields__:
             assert f"`{name}`" in page, (structure, name)
