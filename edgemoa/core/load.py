@@ -203,6 +203,8 @@ class Arrivals:
         self._last_ms = start_ms
         self._level = 0.0
         self._gaps = Average()
+        self._asked_ms = -1
+        self._per_ms = 0.0
 
     def observe(self, now_ms: int) -> None:
         """One has come."""
@@ -211,9 +213,16 @@ class Arrivals:
         self.total += 1
         self._level = self._faded(now_ms) + 1
         self._last_ms = now_ms
+        self._asked_ms = -1
 
     def per_ms(self, now_ms: int) -> float:
         """The rate at which they come, per ms."""
+        if now_ms != self._asked_ms:  # asked several times for each thing that happens
+            self._asked_ms = now_ms
+            self._per_ms = self._rate(now_ms)
+        return self._per_ms
+
+    def _rate(self, now_ms: int) -> float:
         if not self.total:
             return 0.0
         span_ms = now_ms - self._start_ms

@@ -240,12 +240,13 @@ class WorkQueue:
         """Work that comes, of one class or both, against what the board can do with all its slots
         in use: rho of the stability condition. More than 1 is more than it can do."""
         load, slots = 0.0, self.slots
+        ours, theirs = self._tallies[True].arrivals, self._tallies[False].arrivals
         for kind in KINDS:
             per_ms = 0.0
             if own is not False:
-                per_ms += self._tallies[True].arrivals[kind].per_ms(now_ms)
+                per_ms += ours[kind].per_ms(now_ms)
             if own is not True:
-                per_ms += self._tallies[False].arrivals[kind].per_ms(now_ms)
+                per_ms += theirs[kind].per_ms(now_ms)
             if per_ms:
                 load += per_ms * self.times.mean_ms(kind, slots)
         return load
