@@ -164,15 +164,19 @@ class EngineError(BoardError):
 
 
 class OverloadedError(BoardError):
-    """Every queue that could take this prompt is full. ``retry_after_s`` says when to come back."""
+    """Every queue that could take this prompt is full. ``retry_after_s`` says when to come back,
+    ``position`` how many prompts were before it, where that is why."""
 
     code = "overloaded"
     exit_code = 12
     http_status = 429
 
-    def __init__(self, message: str, *, hint: str = "", retry_after_s: int = 1) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after_s: int = 1, position: int = 0
+    ) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+        self.position = position
 
 
 class StateError(BoardError):

@@ -294,7 +294,10 @@ class ErrorBody(msgspec.Struct):
 def error_json(error: EdgemoaError) -> dict[str, Any]:
     """An error in OpenAI's shape. The hint is part of the sentence: clients show only that."""
     message = f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
-    return {"error": ErrorBody(message, error.kind, error.code)}
+    told: dict[str, Any] = {"error": ErrorBody(message, error.kind, error.code)}
+    if isinstance(error, OverloadedError) and error.position:
+        told["edgemoa"] = {"position": error.position, "retry_after_s": error.retry_after_s}
+    return told
 
 
 def error_headers(error: EdgemoaError) -> dict[str, str]:

@@ -152,7 +152,10 @@ def failure(failed: Failed) -> EdgemoaError:
     if failed.code == "overloaded":
         seconds = max(1, -(-failed.retry_after_ms // 1000))
         return OverloadedError(
-            failed.reason, hint=f"try again in {seconds} s", retry_after_s=seconds
+            failed.reason,
+            hint=f"try again in {seconds} s",
+            retry_after_s=seconds,
+            position=failed.position,
         )
     if failed.code == "schema_failed":
         return SchemaError(failed.reason, hint="use a simpler schema, or none")

@@ -1033,7 +1033,8 @@ class Node:
             work = next(
                 (w for w in self.queue if w.final and w.request_id == run.request.request_id), None
             )
-            started_ms = work.started_ms if work else now_ms
+            runs = work is not None and work.started_ms >= 0
+            started_ms = work.started_ms if work and runs else now_ms
             self._answer(
                 run,
                 now_ms,

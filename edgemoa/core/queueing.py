@@ -179,6 +179,7 @@ class WorkQueue:
         self.running.clear()
         for place, work in enumerate(back):
             work.order = (-1, place)
+            work.started_ms = -1
             self._insert(work)
         return back
 

@@ -489,6 +489,7 @@ def test_bad_requests(
     ("failed", "status", "error"),
     [
         (Failed("overloaded", "full", 2_500), 429, OverloadedError),
+        (Failed("overloaded", "full", 2_500, 7), 429, OverloadedError),
         (Failed("unavailable", "stopping"), 503, BoardError),
         (Failed("engine_failed", "broken"), 503, EngineError),
         (Failed("deadline_exceeded", "late"), 504, DeadlineError),
@@ -506,6 +507,8 @@ def test_refusals_and_failures(
         assert (got, told["error"]["code"]) == (status, failed.code)
         assert failed.reason in told["error"]["message"]
         assert headers.get("Retry-After") == ("3" if failed.code == "overloaded" else None)
+        place = {"position": failed.position, "retry_after_s": 3} if failed.position else None
+        assert told.get("edgemoa") == place
         with pytest.raises(error, match=failed.reason):
             list(Client(path).chat(body()))
 

@@ -163,6 +163,7 @@ def test_what_ran_when_the_engine_died_goes_first_again() -> None:
     queue.next(0)
     assert [w.job.job_id for w in queue.put_back()] == [0, 1]
     assert ids(queue) == [0, 1, 2]
+    assert all(w.started_ms < 0 for w in queue), "it waits, and may be handed back"
     again = queue.next(0)
     assert again is not None
     assert again.attempts == 2
