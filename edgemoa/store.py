@@ -27,7 +27,7 @@ from edgemoa.core.messages import BoardId
 from edgemoa.errors import DiskFullError, StateError
 
 FILE_NAME: Final = "edgemoa.db"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _BOOT_RANDOM_BITS: Final = 21
 _SCHEMA: Final = (
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
@@ -39,7 +39,15 @@ _SCHEMA: Final = (
     "CREATE TABLE revoked (id TEXT PRIMARY KEY) STRICT",
 )
 # What each version added to the one before.
-_CHANGES: Final = {2: ("CREATE TABLE learned (model TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",)}
+_CHANGES: Final = {
+    2: ("CREATE TABLE learned (model TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",),
+    3: (
+        "ALTER TABLE boards ADD COLUMN direct INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE revoked ADD COLUMN certificate BLOB NOT NULL DEFAULT x''",
+        "ALTER TABLE revoked ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        "CREATE TABLE roster (record BLOB PRIMARY KEY) STRICT",
+    ),
+}
 MAX_LEARNED: Final = 16  # models whose speed is remembered
 
 Address = tuple[str, int]
@@ -48,13 +56,43 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class PairedBoard:
-    """A board that this one trusts. ``addresses`` are where it was last, newest first."""
+    """A board that this one trusts.
+
+    :param name: what it calls itself.
+    :param addresses: where it was last, newest first.
+    :param direct: whether it proved itself to this board, which then needs nobody's word for it.
+    """
 
     id: BoardId
     public_key: bytes
     certificate: bytes
     name: str
     addresses: tuple[Address, ...] = ()
+    direct: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class FormerBoard:
+    """A board that was trusted once and must not be again. The certificate is empty if it was
+    never known here."""
+
+    id: BoardId
+    certificate: bytes = b""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """A change of whom this board trusts, or all of it.
+
+    :param boards: trusted from now on, or known better; ``former`` are not any more.
+    :param records: of the roster, that are there from now on; ``outdated`` are not any more.
+    """
+
+    boards: tuple[PairedBoard, ...] = ()
+    former: tuple[FormerBoard, ...] = ()
+    records: tuple[bytes, ...] = ()
+    outdated: tuple[bytes, ...] = ()
 
 
 class Store:
@@ -107,44 +145,71 @@ class Store:
             count = int(row[0])
         return count << _BOOT_RANDOM_BITS | secrets.randbits(_BOOT_RANDOM_BITS)
 
+    def trust(self) -> Trust:
+        """All that was kept, the boards in the order of pairing."""
+        with self._transaction(durable=False) as database:
+            boards = database.execute(
+                "SELECT id, public_key, certificate, name, addresses, direct"
+                " FROM boards ORDER BY position"
+            ).fetchall()
+            former = database.execute("SELECT id, certificate, name FROM revoked").fetchall()
+            records = database.execute("SELECT record FROM roster").fetchall()
+        return Trust(
+            tuple(
+                PairedBoard(
+                    BoardId(i), k, c, n, tuple((str(h), int(p)) for h, p in json.loads(a)), bool(d)
+                )
+                for i, k, c, n, a, d in boards
+            ),
+            tuple(FormerBoard(BoardId(i), c, n) for i, c, n in former),
+            tuple(record for (record,) in records),
+        )
+
     def boards(self) -> list[PairedBoard]:
         """Every paired board, in the order of pairing."""
-        with self._transaction(durable=False) as database:
-            rows = database.execute(
-                "SELECT id, public_key, certificate, name, addresses FROM boards ORDER BY position"
-            ).fetchall()
-        return [
-            PairedBoard(BoardId(i), k, c, n, tuple((str(h), int(p)) for h, p in json.loads(a)))
-            for i, k, c, n, a in rows
-        ]
-
-    def add(self, board: PairedBoard) -> None:
-        """Trust a board from now on; a known one keeps its place. Durable on return."""
-        with self._transaction(durable=True) as database:
-            database.execute(
-                "INSERT INTO boards (id, public_key, certificate, name, addresses)"
-                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
-                " public_key = excluded.public_key, certificate = excluded.certificate,"
-                " name = excluded.name, addresses = excluded.addresses",
-                (
-                    board.id,
-                    board.public_key,
-                    board.certificate,
-                    board.name,
-                    _addresses(board.addresses),
-                ),
-            )
-
-    def revoke(self, board: BoardId) -> None:
-        """Trust a board no longer, whatever secret it holds. Durable on return."""
-        with self._transaction(durable=True) as database:
-            database.execute("DELETE FROM boards WHERE id = ?", (board,))
-            database.execute("INSERT OR IGNORE INTO revoked VALUES (?)", (board,))
+        return list(self.trust().boards)
 
     def revoked(self) -> set[BoardId]:
         """Every board that was trusted once and must not be again."""
-        with self._transaction(durable=False) as database:
-            return {BoardId(i) for (i,) in database.execute("SELECT id FROM revoked")}
+        return {board.id for board in self.trust().former}
+
+    def change(self, change: Trust) -> None:
+        """Trust boards from now on, and others no longer. A known one keeps its place. All of it
+        is on the disk on return, or nothing of it is."""
+        with self._transaction(durable=True) as database:
+            for former in change.former:
+                database.execute("DELETE FROM boards WHERE id = ?", (former.id,))
+                database.execute(
+                    "INSERT OR REPLACE INTO revoked VALUES (?, ?, ?)",
+                    (former.id, former.certificate, former.name),
+                )
+            for board in change.boards:
+                database.execute("DELETE FROM revoked WHERE id = ?", (board.id,))
+                database.execute(
+                    "INSERT INTO boards (id, public_key, certificate, name, addresses, direct)"
+                    " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+                    " public_key = excluded.public_key, certificate = excluded.certificate,"
+                    " name = excluded.name, addresses = excluded.addresses,"
+                    " direct = excluded.direct",
+                    (
+                        board.id,
+                        board.public_key,
+                        board.certificate,
+                        board.name,
+                        _addresses(board.addresses),
+                        board.direct,
+                    ),
+                )
+            database.executemany(
+                "DELETE FROM roster WHERE record = ?", ((r,) for r in change.outdated)
+            )
+            database.executemany(
+                "INSERT OR IGNORE INTO roster VALUES (?)", ((r,) for r in change.records)
+            )
+
+    def add(self, board: PairedBoard) -> None:
+        """Trust a board from now on. Durable on return."""
+        self.change(Trust(boards=(board,)))
 
     def seen(self, board: BoardId, name: str, addresses: tuple[Address, ...]) -> None:
         """Remember what a paired board calls itself and where it was. A power cut may undo it."""

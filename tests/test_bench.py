@@ -24,6 +24,7 @@ from edgemoa.errors import EdgemoaError
 from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.progress import silent
+from edgemoa.sim.recording import read_recording
 
 NAME = "little"
 
@@ -90,6 +91,23 @@ def test_figures_and_what_is_kept(
     assert bench(settings) == 0
     out = capsys.readouterr().out
     assert f"{found['threads']} threads, {found['slots']} jobs at a time, by measurement" in out
+
+
+def test_a_recording_of_a_board_drives_simulator_and_plan(
+    settings: list[str], quiet: None, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli_bench, "QUESTIONS", cli_bench.QUESTIONS[:2])
+    file = tmp_path / "board.json"
+    assert bench(settings, "--record", str(file), "--set", "board.name=pi") == 0
+    recorded = read_recording(file)
+    assert (recorded.board, recorded.model) == ("pi", NAME)
+    assert {sample.kind for sample in recorded.samples} >= {"proposal"}
+    assert all(sample.prompt_tokens and sample.tokens for sample in recorded.samples)
+    capsys.readouterr()
+    group = ["--board", str(file), "--nodes", "3", "--seconds", "60", "--rate", "0.2", "--json"]
+    assert main(["sim", *group]) == 0
+    assert json.loads(capsys.readouterr().out)
 
 
 def test_what_cannot_be_measured(

@@ -7,11 +7,15 @@ certificate authority (a peer that pinned it would accept what it signs).
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import errno
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,12 +26,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
-from edgemoa.core import envelope, limits
+from edgemoa.core import envelope, limits, roster
 from edgemoa.core.messages import BoardId
 from edgemoa.errors import DiskFullError, ProtocolError, StateError
 
 FILE_NAME: Final = "identity.pem"
 _MAX_FILE_BYTES: Final = 8 * limits.KIB
+MAX_SUCCESSION: Final = 5  # of the latest keys; all of it is told in one frame
+_BLOCK: Final = b"EDGEMOA REPLACED KEY"
+_REPLACED: Final = re.compile(
+    rb"-----BEGIN " + _BLOCK + rb"-----\n([A-Za-z0-9+/=\n]+)-----END " + _BLOCK + rb"-----\n"
+)
 _NOT_A_CERTIFICATE: Final = (
     ValueError,
     TypeError,
@@ -54,6 +63,8 @@ class Identity:
     :param public_key: 32 raw bytes.
     :param certificate: DER.
     :param file: key and certificate in PEM, as the TLS library wants to read them itself.
+    :param succession: roster records by which former keys of this board were replaced, up to this
+        one, for boards that have not heard of it.
     """
 
     board_id: BoardId
@@ -61,6 +72,7 @@ class Identity:
     certificate: bytes
     file: Path
     _key: Ed25519PrivateKey = field(repr=False)
+    succession: tuple[bytes, ...] = ()
 
     def sign(self, data: bytes) -> bytes:
         """Ed25519 signature, 64 bytes."""
@@ -74,13 +86,41 @@ def load_identity(state_dir: Path) -> Identity:
     :raises DiskFullError: if there is no room to write it.
     """
     file = state_dir / FILE_NAME
-    try:
+    with _errors(file):
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not file.exists():
-            _write_new(file, Ed25519PrivateKey.generate())
+            _write(file, _pem(Ed25519PrivateKey.generate()), os.link)
         return _load(file)
+
+
+def rotate_identity(state_dir: Path, version: int) -> tuple[Identity, Identity]:
+    """Give the board a new key; returns its former identity and the new one. Blocks on the disk.
+
+    The new key and the record by which other boards come to trust it are in one file, which takes
+    the place of the old one at once: a power cut leaves either. The old key is gone then.
+
+    :param version: of the roster record about this board by which it is trusted now, or later.
+    :raises StateError, DiskFullError: as :func:`load_identity` does; then nothing has changed.
+    """
+    old = load_identity(state_dir)
+    key = Ed25519PrivateKey.generate()
+    with _errors(old.file):
+        for data in old.succession:
+            known = roster.read(data, read_certificate)
+            version = max(version, known.version if known else 0)
+        certificate = make_certificate(key).public_bytes(serialization.Encoding.DER)
+        record = roster.write_replace(old.board_id, old.sign, certificate, key.sign, version + 1)
+        succession = (*old.succession, record)[-MAX_SUCCESSION:]
+        _write(old.file, _pem(key, succession), os.replace)
+        return old, _load(old.file)
+
+
+@contextlib.contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(
                 f"no room to write {file}", hint="free some disk space and start again"
             ) from error
@@ -90,14 +130,24 @@ def load_identity(state_dir: Path) -> Identity:
         ) from error
 
 
-def _write_new(file: Path, key: Ed25519PrivateKey) -> None:
-    """Whole or not at all, also when the power fails: written aside, synced, then linked into
-    place, which fails rather than replaces an identity that another process just made."""
+def _pem(key: Ed25519PrivateKey, succession: tuple[bytes, ...] = ()) -> bytes:
     pem = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     ) + make_certificate(key).public_bytes(serialization.Encoding.PEM)
+    for record in succession:
+        pem += b"-----BEGIN %b-----\n" % _BLOCK + base64.encodebytes(record)
+        pem += b"-----END %b-----\n" % _BLOCK
+    return pem
+
+
+def _write(file: Path, pem: bytes, into_place: Callable[[Path, Path], None]) -> None:
+    """Whole or not at all, also when the power fails: written aside, synced, then put into place.
+
+    :param into_place: ``os.link`` fails rather than replaces an identity that another process just
+        made; ``os.replace`` replaces.
+    """
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -107,7 +157,7 @@ def _write_new(file: Path, key: Ed25519PrivateKey) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         try:
-            os.link(aside, file)
+            into_place(aside, file)
         except FileExistsError:
             return
     finally:
@@ -136,7 +186,10 @@ def _load(file: Path) -> Identity:
     try:
         key = serialization.load_pem_private_key(pem, password=None)
         certificate = x509.load_pem_x509_certificate(pem)
-    except (ValueError, TypeError):  # TypeError: the key is encrypted
+        succession = tuple(base64.b64decode(block) for block in _REPLACED.findall(pem))
+        for record in succession:
+            roster.read(record, read_certificate)
+    except (ValueError, TypeError, ProtocolError):  # TypeError: the key is encrypted
         raise StateError(f"{file} is damaged", hint=_RESTORE) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise StateError(f"{file} holds a key of another kind", hint=_RESTORE)
@@ -149,6 +202,7 @@ def _load(file: Path) -> Identity:
         certificate.public_bytes(serialization.Encoding.DER),
         file,
         key,
+        succession,
     )
 
 

@@ -15,12 +15,12 @@ import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
 from edgemoa import config
-from edgemoa.core import limits
+from edgemoa.core import limits, roster
 from edgemoa.core.envelope import short
 from edgemoa.core.messages import BoardId, Message, printable
 from edgemoa.errors import (
@@ -37,13 +37,15 @@ from edgemoa.errors import (
 from edgemoa.net import pairing, tls, wire
 from edgemoa.net.copies import Borrower, Lender, Shelf
 from edgemoa.net.discovery import Discovery, Hints
+from edgemoa.net.gossip import Gossip, trusted_by_key
 from edgemoa.net.identity import Identity
 from edgemoa.net.link import Link, greet
-from edgemoa.net.pairing import Candidate, JoinSecret
+from edgemoa.net.pairing import Candidate, Code, JoinSecret, News, Request, Window
 from edgemoa.net.peer import Budget, Peer
 from edgemoa.net.rates import Rates
 from edgemoa.net.sockets import Sockets
 from edgemoa.net.tasks import Tasks
+from edgemoa.net.trust import Plan, TrustKeeper, Update
 from edgemoa.store import PairedBoard, Store
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ _CONNECTIONS_BURST: Final = 64.0
 _SEED_S: Final = (0.5, 30.0)  # between looks at a seed: at first, and in the end
 _MAX_BORROWED: Final = 24  # connections to copy models over that this board opened
 _SETTLED_S: Final = 2.0  # a link that lived shorter did not work
+_UNVOUCHED: Final = "only a board that was revoked vouched for it"
+_CODE_HINT: Final = "look at it again; after a few tries, `edgemoa pair` has to show a new one"
 _BREAKS: Final = (OSError, EOFError, TimeoutError, UnicodeError)
 """What a connection that does not come about, or ends, raises (TLS errors are OSErrors; texts in
 certificates and host names can be undecodable)."""
@@ -90,7 +94,7 @@ class Device:
 
     id: BoardId
     name: str
-    state: Literal["paired", "pending"]
+    state: Literal["paired", "pending", "revoked"]
     address: str
     linked: bool
     last_seen_age_ms: int | None
@@ -149,13 +153,24 @@ class Network:
         self._hints = Hints(kept=self._peers.__contains__)
         self._discovery: Discovery | None = None
         self._contexts: tls.Contexts | None = None
-        self._revoked: set[BoardId] = set()
+        self._trust = TrustKeeper(identity, store)
         self._half_open: dict[socket.socket, asyncio.Task[None]] = {}
         self._rates = Rates(_CONNECTIONS_PER_S, _CONNECTIONS_BURST, limits.MAX_DISCOVERED)
         self._pairings = 0
         self._suits: dict[BoardId, str] = {}  # boards that this one tries to pair with: how it goes
         self._courting = asyncio.Semaphore(_SUITS_AT_A_TIME)
         self._trusting = asyncio.Lock()
+        self._changes: set[asyncio.Task[Plan]] = set()
+        self._window: Window | None = None
+        self._joining = False
+        self._gossip = Gossip(
+            timings=self._timings,
+            tasks=self._tasks,
+            rng=rng,
+            roster=lambda: self._trust.roster,
+            change=self._change,
+            hint=self._told_where,
+        )
 
     @property
     def port(self) -> int:
@@ -179,15 +194,19 @@ class Network:
         seeds = [_parse_seed(seed) for seed in self._settings.seeds]
         try:
             self._sockets.bind(self._settings.listen, self._settings.port)
-            self._revoked = await asyncio.to_thread(self._store.revoked)
-            boards = await asyncio.to_thread(self._store.boards)
-            self._contexts = tls.make_contexts(self._identity, (b.certificate for b in boards))
+            await asyncio.to_thread(self._trust.load)
+            boards = self._trust.boards
+            former = (f.certificate for f in self._trust.former.values() if f.certificate)
+            self._contexts = tls.make_contexts(
+                self._identity, (b.certificate for b in boards), former
+            )
         except BaseException:
             self._sockets.close()
             raise
         for board in boards:
             self._add_peer(board)
-            self._handlers.on_paired(board.id, board.name)
+            self._handlers.on_paired(board.id, self._peers[board.id].known_as)
+        self._tasks.spawn(self._gossip.remind(), "remind of the roster")
         self._sockets.receive(self._on_datagram)
         self._tasks.spawn(self._listen(), "listen")
         for host, port in seeds:
@@ -215,6 +234,10 @@ class Network:
         if self._discovery is not None:
             await self._discovery.stop()
         await self._tasks.close()
+        if self._changes:
+            await asyncio.wait(self._changes)
+            await self._tasks.close()  # of boards that were let in meanwhile
+        self._gossip.stop()
         for peer in self._peers.values():
             peer.silence()
         for sock in self._half_open:
@@ -232,9 +255,16 @@ class Network:
             loop.call_soon(self._handlers.on_undelivered, to, message)
 
     def devices(self) -> list[Device]:
-        """Every paired board, in the order of pairing, then those that were only heard of."""
+        """Every paired board, in the order of pairing, then those that were only heard of, then
+        those that were revoked."""
         paired = [self._paired_device(peer) for peer in self._peers.values()]
-        return paired + [self._pending_device(b) for b in self._hints if b not in self._peers]
+        known = self._trust.former
+        former = {b for b, r in self._trust.roster.gone.items() if r.kind == roster.REVOKE}
+        former &= known.keys()
+        pending = [
+            self._pending_device(b) for b in self._hints if b not in self._peers and b not in former
+        ]
+        return paired + pending + [self._revoked_device(b) for b in sorted(former)]
 
     @contextlib.asynccontextmanager
     async def borrow(self, board: BoardId) -> AsyncIterator[Borrower]:
@@ -260,25 +290,176 @@ class Network:
             self._borrowed -= 1
 
     async def unpair(self, board: BoardId, reason: str) -> None:
-        """Trust a board no longer, here and for good; its link is cut.
+        """Trust a board no longer, here and in the whole group; its links are cut.
 
         :raises StateError, DiskFullError: if that could not be written down; then it stays paired.
         """
-        async with self._trusting:
-            if board not in self._peers:
-                return
-            await asyncio.to_thread(self._store.revoke, board)
-            self._revoked.add(board)
-            peer, keeper = self._peers.pop(board), self._keepers.pop(board)
-            keeper.cancel()
-            peer.drop()
-            # The roster decides who may speak; that the contexts forget it, too, can wait.
-            try:
-                self._contexts = self._pinning()
-            except OSError as error:
-                log.warning("the TLS settings are still the old ones: %s", error.strerror)
-        log.warning("unpaired", extra={"board": board, "reason": reason})
-        self._handlers.on_unpaired(board, reason)
+        if board in self._peers:
+            await self._change(lambda r: r.revoked(board), reason=reason)
+
+    # --- what people decide
+
+    def open_window(self) -> tuple[str, float]:
+        """Let boards pair with this one by a code from now on; returns the code, as people read
+        it, and for how many seconds it is good. A code that was shown before is not any more."""
+        self.close_window()
+        self._window = Window(pairing.new_code(), self._now(), self._timings.window)
+        log.info("boards may pair by a code", extra={"for_s": round(self._timings.window)})
+        return self._window.code.shown, self._timings.window
+
+    def close_window(self) -> None:
+        """Let no more boards pair by the code."""
+        if self._window is not None:
+            self._window.close("it was closed")
+
+    def window(self) -> dict[str, object]:
+        """How pairing by a code goes: ``open``, ``left_s``, ``failures``, ``joined`` (names),
+        ``closed`` (why). The code is not told again."""
+        window = self._window
+        if window is None:
+            return {"open": False, "left_s": 0, "failures": 0, "joined": [], "closed": "none was"}
+        why = window.why_closed(self._now())
+        return {
+            "open": not why,
+            "left_s": round(window.left_s(self._now())),
+            "failures": window.failures,
+            "joined": list(window.joined),
+            "closed": why,
+        }
+
+    async def join(self, text: str, address: str = "") -> Device:
+        """Pair with the board that shows this code, if it is found within half a minute.
+
+        :param address: where it is, as "host:port"; "" to try every board that is heard of.
+        :raises UserError: if it cannot be a code, or one is being tried already.
+        :raises PairingError: if it was not good anywhere, in :attr:`Window.TRIES` runs.
+        :raises NetworkError: if no board was found that lets others pair.
+        """
+        self._check_started()
+        code = pairing.parse_code(text)
+        place = _parse_seed(address) if address else None
+        if self._joining:
+            raise UserError("a code is being tried already", hint="wait until that has ended")
+        self._joining = True
+        try:
+            async with asyncio.timeout(self._timings.join):
+                return await self._find_window(code, place)
+        except TimeoutError:
+            raise NetworkError(
+                "no board was found that shows a code",
+                hint="is `edgemoa pair` running there, and do `edgemoa devices` see each other?",
+            ) from None
+        finally:
+            self._joining = False
+
+    async def _find_window(self, code: Code, place: Address | None) -> Device:
+        spent: set[BoardId] = set()  # boards that had their one guess at the code
+        while True:
+            for address in await self._places(place):
+                other = await self._try_code(code, address, spent, named=place is not None)
+                if other is not None:
+                    await self._pair_with(other, (address,))
+                    return self._paired_device(self._peers[other.id])
+                if len(spent) >= Window.TRIES:
+                    raise PairingError("too many boards refused the code", hint=_CODE_HINT)
+            if spent and place is not None:
+                raise PairingError("the code is not the one that is shown there", hint=_CODE_HINT)
+            await asyncio.sleep(self._timings.retry_min * 2)
+
+    async def _try_code(
+        self, code: Code, address: Address, spent: set[BoardId], *, named: bool
+    ) -> Candidate | None:
+        """One run at one address, unless the board there has had one. Whoever is there can try one
+        code against what this board proves, and a stranger may be there."""
+        try:
+            connection = await tls.dial(address, self._tls.stranger, self._timings.handshake)
+        except _BREAKS:
+            return None
+        try:
+            member = pairing.identify(connection.certificate or b"")
+            if member.id in spent or (member.id in self._peers and not named):
+                return None
+            self._check_trustable(member.id)
+            async with asyncio.timeout(self._timings.pairing):
+                other = await pairing.join(
+                    connection,
+                    self._identity,
+                    code,
+                    self._name,
+                    member,
+                    before_proof=lambda: spent.add(member.id),
+                )
+            await connection.close()
+        except _BREAKS:
+            return None
+        except PeerError as error:
+            self._count(str(error), logging.WARNING)
+            return None
+        else:
+            return other
+        finally:
+            connection.abort()
+
+    async def accept(self, board: BoardId, address: str = "") -> Device:
+        """Trust the board of that identity, as whoever calls has compared. It has to accept this
+        one, too. A revoked board may be let in again by this.
+
+        :raises UserError: if it is this board.
+        :raises NetworkError: if it is not found.
+        """
+        self._check_started()
+        place = _parse_seed(address) if address else None
+        if board not in self._peers:
+            former = self._trust.former.get(board)
+            if former is not None and former.certificate:
+                # Its identity is the hash of its key, so this is the key that was compared.
+                known = replace(pairing.identify(former.certificate), name=former.name)
+                await self._pair_with(known, self._hints.get(board))
+            else:
+                await self._accept_at(board, place)
+        return self._paired_device(self._peers[board])
+
+    async def _accept_at(self, board: BoardId, place: Address | None) -> None:
+        places = self._hints.get(board) if place is None else await self._places(place)
+        for address in places:
+            with contextlib.suppress(*_BREAKS, ProtocolError):
+                connection = await tls.dial(address, self._tls.stranger, self._timings.handshake)
+                try:
+                    found = pairing.identify(connection.certificate or b"")
+                finally:
+                    await connection.close()
+                if found.id == board:
+                    await self._pair_with(found, (address,))
+                    return
+        raise NetworkError(
+            "no board of that identity answers",
+            hint="is it on, and in `edgemoa devices`? else say where it is with --address",
+        )
+
+    async def rename(self, board: BoardId, name: str) -> None:
+        """Call a board by another name, in the whole group; "" gives it back its own.
+
+        :raises UserError: if it is not paired.
+        """
+        if board not in self._peers:
+            raise UserError("that board is not paired with this one", hint="see `edgemoa devices`")
+        plan = await self._change(lambda r: r.renamed(board, name) if r.trusts(board) else r)
+        log.info("renamed", extra={"board": board, "records": len(plan.said)})
+
+    def _check_started(self) -> None:
+        if self._contexts is None:
+            raise NetworkError("the daemon is still starting", hint="try again in a moment")
+
+    async def _places(self, place: Address | None) -> tuple[Address, ...]:
+        if place is None:
+            heard = [b for b in self._hints if b not in self._peers and not self._why_not(b)]
+            return tuple(dict.fromkeys(a for b in heard for a in self._hints.get(b)))
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(*place, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return ()
+        return tuple((str(info[4][0]), place[1]) for info in found)
 
     # --- trust
 
@@ -290,40 +471,116 @@ class Network:
             events=self._handlers,
             budget=self._budget,
             timings=self._timings,
+            hear=self._gossip.hear,
         )
+        peer.given = self._trust.roster.trusted[board.id].name
         self._peers[board.id] = peer
         self._keepers[board.id] = self._tasks.spawn(
             self._keep_linked(peer), f"keep linked {short(board.id)}"
         )
 
-    def _pinning(self, *more: bytes) -> tls.Contexts:
-        """TLS settings that trust the paired boards, and ``more`` certificates."""
-        pinned = (peer.board.certificate for peer in self._peers.values())
-        return tls.make_contexts(self._identity, (*pinned, *more))
+    def _why_not(self, board: BoardId) -> str:
+        """Why a board must not be trusted, for people; "" if nothing is known against it."""
+        record = self._trust.roster.why_not(board)
+        if record is None:
+            return ""
+        if record.kind == roster.REPLACE:
+            return "its key was replaced by a new one"
+        return f"revoked by {self._called(record.by)}"
+
+    def _called(self, board: BoardId) -> str:
+        if board == self._identity.board_id:
+            return self._name or short(board)
+        peer = self._peers.get(board)
+        return short(board) if peer is None else peer.name
 
     def _check_trustable(self, board: BoardId) -> None:
         if board == self._identity.board_id:
             raise PairingError("a board does not pair with itself")
-        if board in self._revoked:
-            raise PairingError("the board was revoked here")
+        if why := self._why_not(board):
+            raise PairingError(
+                f"the board was {why}" if why.startswith("revoked") else why,
+                hint="`edgemoa devices accept` lets it in again",
+            )
         if board not in self._peers and len(self._peers) >= limits.MAX_GROUP_BOARDS - 1:
             raise PairingError(f"the group is full ({limits.MAX_GROUP_BOARDS} boards)")
 
-    async def _trust(self, other: Candidate, addresses: tuple[Address, ...]) -> None:
+    async def _pair_with(self, other: Candidate, addresses: tuple[Address, ...]) -> None:
         """The board has proved itself. Done twice, it changes nothing."""
+        if other.id in self._trust.roster.direct and other.id in self._peers:
+            return
+        board = PairedBoard(other.id, other.public_key, other.certificate, other.name, addresses)
+        await self._change(lambda r: r.admitted(other.certificate), (board,))
+
+    async def _change(
+        self, update: Update, known: Iterable[PairedBoard] = (), reason: str = ""
+    ) -> Plan:
+        """Change whom this board trusts: first what can fail, then what is written down, and only
+        then what is done.
+
+        :param reason: why boards are not trusted any more, if not by what others said.
+        :raises PairingError, ProtocolError: as ``update`` does; StateError, DiskFullError: it could
+            not be written down; OSError: the TLS settings cannot be made. Then nothing has changed.
+
+        Whoever waits may be cancelled; what is being written down is then done all the same.
+        """
+        task = asyncio.create_task(self._change_whole(update, known, reason), name="change trust")
+        self._changes.add(task)
+        task.add_done_callback(self._changed)
+        return await asyncio.shield(task)
+
+    def _changed(self, task: asyncio.Task[Plan]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is raised where it is waited for, if anywhere
+
+    async def _change_whole(
+        self, update: Update, known: Iterable[PairedBoard], reason: str
+    ) -> Plan:
         async with self._trusting:
-            if other.id in self._peers:
-                return
-            self._check_trustable(other.id)
-            board = PairedBoard(
-                other.id, other.public_key, other.certificate, other.name, addresses
-            )
-            contexts = self._pinning(board.certificate)  # first what can fail, then what changes
-            await asyncio.to_thread(self._store.add, board)
-            log.info("paired", extra={"board": other.id, "board_name": other.name})
-            self._add_peer(board)
+            plan = await asyncio.to_thread(self._trust.plan, update, known)
+            contexts = self._contexts
+            if plan.added or plan.removed:
+                try:
+                    contexts = tls.make_contexts(self._identity, plan.pinned, plan.told)
+                except OSError as error:
+                    if not plan.removed:
+                        raise
+                    # The roster decides who may speak; that the contexts forget somebody can wait.
+                    log.warning("the TLS settings are still the old ones: %s", error.strerror)
+            await asyncio.to_thread(self._trust.keep, plan)
             self._contexts = contexts
-            self._handlers.on_paired(board.id, board.name)
+            removed = [(board, reason or self._why_not(board) or _UNVOUCHED)
+                       for board, _ in plan.removed]  # fmt: skip
+            for board, why in removed:
+                peer, keeper = self._peers.pop(board), self._keepers.pop(board)
+                keeper.cancel()
+                peer.drop(why)
+                log.warning("unpaired", extra={"board": board, "reason": why})
+                self._handlers.on_unpaired(board, why)
+            for added in plan.added:
+                self._add_peer(added)
+                peer = self._peers[added.id]
+                log.info("paired", extra={"board": added.id, "board_name": peer.name})
+                self._handlers.on_paired(added.id, peer.known_as)
+            for board, record in plan.roster.trusted.items():
+                if self._peers[board].given != record.name:
+                    self._peers[board].given = record.name
+                    self._handlers.on_paired(board, self._peers[board].known_as)
+            if plan.said:
+                self._gossip.spread(plan.said, now=bool(plan.removed))
+            return plan
+
+    def _told_where(self, places: Mapping[bytes, Address]) -> None:
+        """A paired board says where others are. Only those are looked for there that are trusted,
+        and not linked."""
+        boards = trusted_by_key(self._trust.roster) if places else {}
+        for key, address in places.items():
+            peer = self._peers.get(boards[key]) if key in boards else None
+            if peer is not None and peer.link is None:
+                known = self._hints.get(peer.board.id)
+                if address not in known:
+                    self._found(peer.board.id, (*known, address))
 
     # --- hearing of boards
 
@@ -372,7 +629,7 @@ class Network:
         for board in self._hints:
             if len(self._suits) >= limits.MAX_SUITS:
                 return
-            if not (board in self._peers or board in self._suits or board in self._revoked):
+            if not (board in self._peers or board in self._suits or self._why_not(board)):
                 self._suits[board] = "pairing"
                 self._tasks.spawn(self._suit(board, self._secret), f"pair {short(board)}")
 
@@ -415,7 +672,7 @@ class Network:
                     other = await pairing.join(
                         connection, self._identity, secret, self._name, member
                     )
-                await self._trust(other, (address,))
+                await self._pair_with(other, (address,))
                 await connection.close()
             except TimeoutError:
                 self._suits[board] = "it does not answer in time"
@@ -433,18 +690,20 @@ class Network:
         return False
 
     async def _admit(self, connection: tls.Connection) -> None:
-        """Somebody without a certificate called: it may pair, or nothing."""
-        secret = self._secret
-        if secret is None or self._pairings >= limits.MAX_PAIRINGS:
+        """Somebody without a certificate called: it may pair, or show that a key was changed."""
+        if self._pairings >= limits.MAX_PAIRINGS:
             self._count("pairing request refused", logging.DEBUG)
             return
         self._pairings += 1
         try:
             async with asyncio.timeout(self._timings.pairing):
-                other = await pairing.admit(
-                    connection, self._identity, secret, self._name, self._check_trustable
-                )
-            await self._trust(other, ())
+                request = await pairing.receive(connection)
+                if isinstance(request.asked, News):
+                    await self._learn(request.asked)
+                elif request.by_code:
+                    await self._admit_by_code(connection, request)
+                else:
+                    await self._admit_by_secret(connection, request)
         except _BREAKS:
             self._count("pairing abandoned", logging.DEBUG)
         except PeerError as error:
@@ -453,6 +712,41 @@ class Network:
             log.error("cannot pair: %s", error)  # noqa: TRY400
         finally:
             self._pairings -= 1
+
+    async def _admit_by_secret(self, connection: tls.Connection, request: Request) -> None:
+        if self._secret is None:
+            self._count("pairing request refused", logging.DEBUG)
+            return
+        other = await pairing.admit(
+            connection, self._identity, request, self._secret, self._name,
+            check=self._check_trustable,
+        )  # fmt: skip
+        await self._pair_with(other, ())
+
+    async def _admit_by_code(self, connection: tls.Connection, request: Request) -> None:
+        window = self._window
+        if window is None:
+            self._count("pairing request refused", logging.DEBUG)
+            return
+        with window.run(self._now()) as confirm:
+            if confirm is None:
+                self._count("pairing request refused", logging.DEBUG)
+                return
+
+            def check(board: BoardId) -> None:
+                confirm()
+                self._check_trustable(board)
+
+            other = await pairing.admit(
+                connection, self._identity, request, window.code, self._name, check=check
+            )
+        await self._pair_with(other, ())
+        window.joined.append(self._called(other.id))
+
+    async def _learn(self, news: News) -> None:
+        """Records by which a board that is paired changed its key, while this one was off."""
+        told = [d for d in news.records if pairing.replaces(d)]
+        await self._change(lambda r: r.merged(told))
 
     # --- connections
 
@@ -491,7 +785,14 @@ class Network:
                 await self._admit(connection)
                 await connection.close()
                 return
-            peer = self._peer_of(connection)
+            try:
+                peer = self._peer_of(connection)
+            except PairingError as error:
+                self._count(str(error), logging.DEBUG)
+                self._half_open.pop(sock, None)
+                if not connection.for_copies:
+                    await self._refuse(connection, str(error))
+                return
             if connection.for_copies:
                 self._half_open.pop(sock, None)
                 with contextlib.suppress(*_BREAKS), peer.copying(connection):
@@ -516,11 +817,18 @@ class Network:
         """
         who = pairing.identify(connection.certificate or b"")
         peer = self._peers.get(who.id)
+        if peer is None and (why := self._why_not(who.id)):
+            raise PairingError(why)
         if peer is None or peer.board.public_key != who.public_key:
             raise PeerError("a connection under a key that is not paired")
         if peer.gray_s:
             raise PeerError("a board that misbehaved calls before its time")
         return peer
+
+    async def _refuse(self, connection: tls.Connection, reason: str) -> None:
+        """End a connection to a board that has proved its key, and say why."""
+        connection.writer.write(wire.framed(wire.bye_packet(reason)))
+        await connection.close()
 
     async def _keep_linked(self, peer: Peer) -> None:
         """Dial a paired board whenever there is no link to it."""
@@ -575,12 +883,26 @@ class Network:
                 return loop.time() - since > _SETTLED_S
             except _BREAKS:
                 peer.detail = "it answers, but does not accept this board: paired there?"
+                await self._show_succession(address, peer)
             except PeerError as error:
                 peer.detail = str(error)
                 self._count(str(error), logging.WARNING, peer.board.id)
             finally:
                 connection.abort()
         return False
+
+    async def _show_succession(self, address: Address, peer: Peer) -> None:
+        """If this board has changed its key, the other one may not have heard."""
+        if not self._identity.succession:
+            return
+        with contextlib.suppress(*_BREAKS, ProtocolError):
+            connection = await tls.dial(address, self._tls.stranger, self._timings.handshake)
+            try:
+                if pairing.identify(connection.certificate or b"").id == peer.board.id:
+                    await pairing.tell(connection, self._identity.succession)
+                    await closed_by_peer(connection, self._timings.pairing)
+            finally:
+                await connection.close()
 
     def _addresses(self, peer: Peer) -> Iterable[Address]:
         """Where to try, first where it last proved itself: anybody can announce it elsewhere."""
@@ -630,12 +952,19 @@ class Network:
         )
 
     async def _run_link(self, link: Link, peer: Peer) -> None:
+        why = await peer.twins.refusal(link, peer.link)
+        if why:
+            self._count(why, logging.WARNING, peer.board.id)
+            peer.detail = why
+            await self._refuse(link.connection, why)
+            return
         # Unpaired while the handshake was under way?
         if self._peers.get(peer.board.id) is not peer or not peer.attach(link):
             return
         peer.detail = ""
         self._links[link.key_id] = (link, peer)
         self._tasks.spawn(self._remember(peer, link), "remember")
+        self._gossip.linked(link, peer)
         extra = {"board": peer.board.id, "address": link.connection.address[0]}
         log.info("linked", extra=extra)
         reason = "stopping"
@@ -643,6 +972,7 @@ class Network:
             reason = await link.run()
         finally:
             del self._links[link.key_id]
+            self._gossip.unlinked(link)
             peer.detach(link)
             if peer.link is None:
                 peer.detail = reason
@@ -658,7 +988,8 @@ class Network:
             return
         peer.board = board
         try:
-            await asyncio.to_thread(self._store.seen, board.id, board.name, board.addresses)
+            async with self._trusting:
+                await asyncio.to_thread(self._trust.seen, board)
         except BoardError as error:
             log.warning("cannot note where a board is: %s", error)
 
@@ -712,24 +1043,38 @@ class Network:
         where = peer.board.addresses or self._hints.get(peer.board.id)
         return Device(
             id=peer.board.id,
-            name=peer.board.name,
+            name=peer.known_as,
             state="paired",
             address=_show(where),
             linked=peer.link is not None,
             last_seen_age_ms=None if age is None else int(age * 1000),
-            detail=peer.detail
+            detail=peer.twins.note or peer.detail
             if not peer.gray_s
             else f"it misbehaved ({peer.conduct.reason}); left alone for {peer.gray_s:.0f} s more",
         )
 
     def _pending_device(self, board: BoardId) -> Device:
-        if board in self._revoked:
-            detail = "revoked here"
-        elif self._secret is None:
-            detail = "no join secret is set on this board"
+        if self._secret is None:
+            detail = "not paired: `edgemoa pair` there, then `edgemoa join CODE` here, or so"
         else:
             detail = self._suits.get(board, "waiting for its turn to pair")
         return Device(board, "", "pending", _show(self._hints.get(board)), False, None, detail)
+
+    def _revoked_device(self, board: BoardId) -> Device:
+        former = self._trust.former[board]
+        where = _show(self._hints.get(board))
+        return Device(board, former.name, "revoked", where, False, None, self._why_not(board))
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+async def closed_by_peer(connection: tls.Connection, seconds: float) -> None:
+    """Wait until the other side has read all, and closes, or for so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await connection.reader.read(1)
 
 
 def _parse_seed(seed: str) -> Address:

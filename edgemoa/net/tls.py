@@ -41,9 +41,16 @@ class Contexts:
     stranger: ssl.SSLContext
 
 
-def make_contexts(identity: Identity, pinned: Iterable[bytes]) -> Contexts:
-    """Settings that trust exactly the ``pinned`` certificates (DER). Reads the identity file."""
+def make_contexts(
+    identity: Identity, pinned: Iterable[bytes], told: Iterable[bytes] = ()
+) -> Contexts:
+    """Settings that trust exactly the ``pinned`` certificates (DER). Reads the identity file.
+
+    :param told: of boards that are not trusted any more. They may call and prove who they are,
+        and whoever answers tells them that they are not let in.
+    """
     anchors = b"".join(pinned)
+    callers = anchors + b"".join(told)
     server = _context(ssl.PROTOCOL_TLS_SERVER)
     server.num_tickets = 0  # a resumed session would not be checked against the roster again
     server.verify_mode = ssl.CERT_OPTIONAL
@@ -53,8 +60,9 @@ def make_contexts(identity: Identity, pinned: Iterable[bytes]) -> Contexts:
         context.set_alpn_protocols([COPIES])
     for context in (server, member, borrower):
         context.load_cert_chain(identity.file)
-        if anchors:
-            context.load_verify_locations(cadata=anchors)
+        known = callers if context is server else anchors
+        if known:
+            context.load_verify_locations(cadata=known)
     return Contexts(server, member, borrower, _context(ssl.PROTOCOL_TLS_CLIENT))
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Final
 import msgspec
 
 from edgemoa.core import envelope, limits
-from edgemoa.errors import ProtocolError
+from edgemoa.core.messages import printable
+from edgemoa.errors import PairingError, ProtocolError
 
 MIN_VERSION: Final = 1
 MAX_VERSION: Final = 1
@@ -31,6 +32,8 @@ ACK: Final = 2  # the sequences (8 each) of envelopes that arrived
 PING: Final = 3  # a number (8), to be sent back by the same way
 PONG: Final = 4
 HELLO: Final = 5  # the first frame of a link, never in a datagram
+ROSTER: Final = 6  # whom the sender trusts; only over the link
+BYE: Final = 7  # why the sender ends the link, or does not begin one; only over the link
 
 MAX_ACKS: Final = 64  # in one packet
 MAX_HELLO_BYTES: Final = 1 * limits.KIB
@@ -54,10 +57,18 @@ class Timings:
     retry_max: float = 8.0  # ... up to this
     yield_dial: float = 0.4  # the board with the larger identity lets the other dial first
     yield_pairing: float = 1.0
+    alive: float = 0.5  # for a board to show that a link is alive, before another takes its place
+    quarantine: float = 300.0  # for a key that two boards have, since both were last seen
+    gossip: float = 0.05  # before news of the roster are told, so that some go together
+    repair: float = 1.0  # between two tellings of a whole roster over one link
+    reminder: float = 60.0  # between two tellings of what one has heard
+    window: float = 180.0  # that boards may pair by a code
+    join: float = 30.0  # to find the board that shows the code
     refused_min: float = 20.0  # before pairing is tried again with a board that failed the proof
     refused_max: float = 300.0
 
 
+KeyId = Annotated[bytes, msgspec.Meta(min_length=KEY_ID_BYTES, max_length=KEY_ID_BYTES)]
 Version = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 
 
@@ -80,7 +91,66 @@ class Hello(msgspec.Struct, frozen=True):
     name: Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_BYTES)]
 
 
+class Where(msgspec.Struct, array_like=True, frozen=True):
+    """Where a board is, as far as the sender knows: a place to try."""
+
+    key_id: KeyId
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=limits.MAX_NAME_BYTES)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+
+
+class RosterNews(msgspec.Struct, frozen=True):
+    """A ROSTER packet.
+
+    :param digest: of the sender's roster.
+    :param known: :func:`envelope.key_id` of every board that it trusts, and its own.
+    :param records: some of it, or all.
+    :param where: boards that it has links with.
+    """
+
+    digest: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    known: Annotated[tuple[KeyId, ...], msgspec.Meta(max_length=limits.MAX_GROUP_BOARDS)]
+    records: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=limits.MAX_RECORD_BYTES)], ...],
+        msgspec.Meta(max_length=limits.MAX_GROUP_BOARDS + limits.MAX_GONE_BOARDS),
+    ] = ()
+    where: Annotated[tuple[Where, ...], msgspec.Meta(max_length=limits.MAX_GROUP_BOARDS)] = ()
+
+
+class Bye(msgspec.Struct, frozen=True):
+    """A BYE packet: the reason is for people."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=limits.MAX_REASON_BYTES)]
+
+
 _hellos = msgspec.msgpack.Decoder(Hello)
+
+
+_rosters = msgspec.msgpack.Decoder(RosterNews)
+_byes = msgspec.msgpack.Decoder(Bye)
+
+
+def roster_packet(news: RosterNews) -> bytes:
+    """``news`` as a packet."""
+    return bytes([ROSTER]) + msgspec.msgpack.encode(news)
+
+
+def read_roster(packet: bytes) -> RosterNews:
+    """:raises ProtocolError: if it is malformed."""
+    return envelope.decode(_rosters, packet[1:], "roster packet")
+
+
+def bye_packet(reason: str) -> bytes:
+    """The reason as a packet."""
+    return bytes([BYE]) + msgspec.msgpack.encode(Bye(reason[: limits.MAX_REASON_BYTES]))
+
+
+def read_bye(packet: bytes) -> str:
+    """The reason, made harmless.
+
+    :raises ProtocolError: if it is malformed.
+    """
+    return printable(envelope.decode(_byes, packet[1:], "farewell").reason)
 
 
 def hello_packet(hello: Hello) -> bytes:
@@ -91,8 +161,11 @@ def hello_packet(hello: Hello) -> bytes:
 def read_hello(packet: bytes) -> Hello:
     """The HELLO in a packet.
 
+    :raises PairingError: if the other board says BYE instead.
     :raises ProtocolError: if it is something else, or of a version that this board cannot speak.
     """
+    if packet[:1] == bytes([BYE]):
+        raise PairingError(f"it does not let this board in: {read_bye(packet)}")
     if packet[:1] != bytes([HELLO]):
         raise ProtocolError("the first frame is not HELLO")
     hello = envelope.decode(_hellos, packet[1:], "HELLO")

@@ -221,9 +221,12 @@ async def raw_link(own: Identity, board: Board) -> AsyncIterator[tuple[tls.Conne
 
 
 async def frame(connection: tls.Connection, timeout: float = 3.0) -> bytes:
-    """The next frame on a connection made by hand."""
+    """The next frame on a connection made by hand, but for what is said of the roster."""
     async with asyncio.timeout(timeout):
-        return await wire.read_frame(connection.reader, 1 << 20, timeout)
+        while True:
+            packet = await wire.read_frame(connection.reader, 1 << 20, timeout)
+            if packet[0] != wire.ROSTER:
+                return packet
 
 
 async def closed(connection: tls.Connection, timeout: float = 3.0) -> bool:

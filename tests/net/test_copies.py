@@ -597,7 +597,7 @@ def test_another_board_at_its_address(tmp_path: Path) -> None:
     async def test(bed: Bed) -> None:
         a, b = await two(bed)
         other = identify(make_certificate(Ed25519PrivateKey.generate()).public_bytes(Encoding.DER))
-        await b.network._trust(other, (("127.0.0.1", a.network.port),))
+        await b.network._pair_with(other, (("127.0.0.1", a.network.port),))
         b.network._keepers[other.id].cancel()  # only what follows is to dial it
         with pytest.raises(NetworkError, match="does not answer"):
             await fetched(b, other.id)

@@ -365,7 +365,7 @@ def test_a_man_in_the_middle_pairs_with_nobody(tmp_path: Path) -> None:
         server, port = await man_in_the_middle(bed, a)
         async with server:
             b = await bed.board("b", seeds=(f"127.0.0.1:{port}",))
-            told = "the other board holds another join secret"
+            told = "the other board holds another join secret or code"
             await until(lambda: a.network.counters[told] > 0)
             await until(lambda: "refused" in next(iter(b.network.devices())).detail)
         assert a.heard.paired == b.heard.paired == {}
@@ -397,7 +397,7 @@ def test_a_reflected_proof_is_refused(tmp_path: Path) -> None:
         async with server:
             port = server.sockets[0].getsockname()[1]
             b = await bed.board("b", seeds=(f"127.0.0.1:{port}",))
-            told = "the other board holds another join secret"
+            told = "the other board holds another join secret or code"
             await until(lambda: b.network.counters[told] > 0)
         assert b.heard.paired == {}
         assert len(frames) == 1
@@ -416,7 +416,7 @@ def test_whoever_dials_without_the_secret_learns_nothing(tmp_path: Path) -> None
         with pytest.raises((OSError, EOFError)):
             await pairing.join(connection, own, guess, "mallory", member)
         connection.abort()
-        assert a.network.counters["the other board holds another join secret"] == 1
+        assert a.network.counters["the other board holds another join secret or code"] == 1
         assert a.heard.paired == {}
 
     run(tmp_path, test)

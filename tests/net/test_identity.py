@@ -35,7 +35,7 @@ def test_made_once_and_kept(tmp_path: Path) -> None:
 
 def test_another_process_was_quicker(tmp_path: Path) -> None:
     first = load_identity(tmp_path)
-    identity._write_new(first.file, Ed25519PrivateKey.generate())
+    identity._write(first.file, identity._pem(Ed25519PrivateKey.generate()), os.link)
     assert load_identity(tmp_path).board_id == first.board_id
 
 

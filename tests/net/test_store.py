@@ -12,7 +12,8 @@ from netbed import paired
 
 from edgemoa.errors import DiskFullError, StateError
 from edgemoa.net.identity import load_identity
-from edgemoa.store import FILE_NAME, Store
+from edgemoa.net.trust import TrustKeeper
+from edgemoa.store import FILE_NAME, FormerBoard, Store, Trust
 
 
 def opened(folder: Path) -> Store:
@@ -36,7 +37,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
         replace(ann, name="Annie"),
         replace(bob, name="Bob", addresses=(("10.0.0.1", 5), ("fe80::1", 6))),
     ]
-    store.revoke(ann.id)
+    store.change(Trust(former=(FormerBoard(ann.id, ann.certificate, "Annie"),)))
     assert [b.id for b in store.boards()] == [bob.id]
     assert store.revoked() == {ann.id}
     store.close()
@@ -112,3 +113,38 @@ def test_disk_full(tmp_path: Path) -> None:
     assert "free some disk space" in caught.value.hint
     assert store.boards()[0] == ann
     store.close()
+
+
+VERSION_2 = (
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
+    "CREATE TABLE boards (position INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,"
+    " public_key BLOB NOT NULL, certificate BLOB NOT NULL, name TEXT NOT NULL,"
+    " addresses TEXT NOT NULL) STRICT",
+    "CREATE TABLE revoked (id TEXT PRIMARY KEY) STRICT",
+    "CREATE TABLE learned (model TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
+    "PRAGMA user_version = 2",
+)
+
+
+def test_boards_of_version_2_stay_paired_and_revoked(tmp_path: Path) -> None:
+    own = load_identity(tmp_path)
+    ann, bob = (paired(load_identity(tmp_path / n)) for n in ("ann", "bob"))
+    database = sqlite3.connect(tmp_path / FILE_NAME)
+    for statement in VERSION_2:
+        database.execute(statement)
+    database.execute(
+        "INSERT INTO boards VALUES (1, ?, ?, ?, 'Ann', '[]')",
+        (ann.id, ann.public_key, ann.certificate),
+    )
+    database.execute("INSERT INTO revoked VALUES (?)", (bob.id,))
+    database.commit()
+    database.close()
+    for _ in range(2):  # what is made of it is kept
+        store = opened(tmp_path)
+        assert (store.boards(), store.revoked()) == ([replace(ann, name="Ann")], {bob.id})
+        keeper = TrustKeeper(own, store)
+        keeper.load()
+        assert list(keeper.roster.trusted) == [ann.id]
+        assert keeper.roster.why_not(bob.id) is not None
+        assert sorted(store.trust().records) == keeper.roster.records
+        store.close()
