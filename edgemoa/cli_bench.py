@@ -244,10 +244,15 @@ def _record(file: Path, board: str, model: str, slots: int, backend: Backend) ->
 
     samples = _samples(backend)
     name = board or socket.gethostname()
-    write_recording(
-        file,
-        Recording(VERSION, name[:64], model[:64], slots, backend.meter.rates(), tuple(samples)),
-    )
+    rates = backend.meter.rates()
+    try:
+        recording = Recording(VERSION, name[:64], model[:64], slots, rates, tuple(samples))
+    except ValueError as error:
+        raise EngineError(
+            f"what was measured is no recording of a board: {error}",
+            hint="is the model a toy, or was the board asleep meanwhile?",
+        ) from error
+    write_recording(file, recording)
     _say(f"recorded in {file}")
 
 

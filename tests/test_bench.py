@@ -24,6 +24,7 @@ from edgemoa.errors import EdgemoaError
 from edgemoa.models.importer import import_gguf
 from edgemoa.models.library import ModelLibrary, read_manifest
 from edgemoa.models.progress import silent
+from edgemoa.sim import recording
 from edgemoa.sim.recording import read_recording
 
 NAME = "little"
@@ -99,7 +100,11 @@ def test_a_recording_of_a_board_drives_simulator_and_plan(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cli_bench, "QUESTIONS", cli_bench.QUESTIONS[:2])
     file = tmp_path / "board.json"
-    assert bench(settings, "--record", str(file), "--set", "board.name=pi") == 0
+    record = ("--record", str(file), "--set", "board.name=pi")
+    assert bench(settings, *record) == 11
+    assert "those of no board" in capsys.readouterr().err, "a toy is faster than any board"
+    monkeypatch.setattr(recording, "LEAST_MS", 0.01)
+    assert bench(settings, *record) == 0
     recorded = read_recording(file)
     assert (recorded.board, recorded.model) == ("pi", NAME)
     assert {sample.kind for sample in recorded.samples} >= {"proposal"}
