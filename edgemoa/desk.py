@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
@@ -191,7 +191,7 @@ class Desk:
 
     async def follow(
         self, request_id: str, owner: str, *, holds: bool = False
-    ) -> AsyncIterator[RequestEvent]:
+    ) -> AsyncGenerator[RequestEvent, None]:
         """All that becomes of a prompt, from its beginning to its one end; nothing if it is not
         known.
 

@@ -50,7 +50,7 @@ def listening(place: Path, door: Door) -> Iterator[int]:
     def call(coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
 
-    api = Api(ScriptedBoard(), place / "api.sock", 0o660, door=door)  # type: ignore[arg-type]
+    api = Api(ScriptedBoard(), place / "api.sock", 0o660, door=door)
     try:
         call(api.start())
         assert api._tcp is not None
@@ -197,7 +197,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         door = Door("127.0.0.1", other.getsockname()[1], None, NAMES)
 
         async def start() -> None:
-            api = Api(ScriptedBoard(), tmp_path / "api.sock", 0o660, door=door)  # type: ignore[arg-type]
+            api = Api(ScriptedBoard(), tmp_path / "api.sock", 0o660, door=door)
             try:
                 await api.start()
             finally:

@@ -373,9 +373,7 @@ def pairings() -> Vectors:
                 (
                     "another secret",
                     "J",
-                    pairing._encode(
-                        pairing._prove(ANN, bytes(32), b"J", digest)
-                    ),
+                    pairing._encode(pairing._prove(ANN, bytes(32), b"J", digest)),
                     other,
                 ),
                 ("another's key", "J", posing, wrong_key),
@@ -481,16 +479,35 @@ def rosters() -> Vectors:
     return {
         "signer": ANN.public_key.hex(),
         "good": [
-            {"record": admit.hex(), "kind": "admit", "version": 1, "by": ann, "board": bob,
-             "successor": "", "name": "attic"},
-            {"record": revoke.hex(), "kind": "revoke", "version": 1001, "by": ann, "board": bob,
-             "successor": "", "name": ""},
-            {"record": replace.hex(), "kind": "replace", "version": 2, "by": ann, "board": ann,
-             "successor": cid, "name": ""},
+            {
+                "record": admit.hex(),
+                "kind": "admit",
+                "version": 1,
+                "by": ann,
+                "board": bob,
+                "successor": "",
+                "name": "attic",
+            },
+            {
+                "record": revoke.hex(),
+                "kind": "revoke",
+                "version": 1001,
+                "by": ann,
+                "board": bob,
+                "successor": "",
+                "name": "",
+            },
+            {
+                "record": replace.hex(),
+                "kind": "replace",
+                "version": 2,
+                "by": ann,
+                "board": ann,
+                "successor": cid,
+                "name": "",
+            },
         ],
-        "digest": Roster(
-            ann, ANN.public_key, ANN.sign, read_certificate, [admit]
-        ).digest.hex(),
+        "digest": Roster(ann, ANN.public_key, ANN.sign, read_certificate, [admit]).digest.hex(),
         "digest_of": [admit.hex()],
         "packet": wire.roster_packet(news).hex(),
         "bye": wire.bye_packet("revoked by ann").hex(),
@@ -506,14 +523,20 @@ def rosters() -> Vectors:
                 ("version 2**53", said(ANN, "revoke", 2**53, ann, bob), bad),
                 ("version is a bool", said(ANN, "revoke", True, ann, bob), bad),
                 ("no board", said(ANN, "revoke", 1, ann), bad),
-                ("a board with a typing error", said(ANN, "revoke", 1, ann, "a" * 56),
-                 "not a board's identity"),
+                (
+                    "a board with a typing error",
+                    said(ANN, "revoke", 1, ann, "a" * 56),
+                    "not a board's identity",
+                ),
                 ("a long name", said(ANN, "admit", 1, ann, BOB.certificate, "x" * 65), bad),
                 ("no certificate", said(ANN, "admit", 1, ann, b"x", ""), "not a valid certificate"),
                 ("of itself", said(ANN, "admit", 1, ann, ANN.certificate, ""), bad),
                 ("a new key that did not sign", said(ANN, "replace", 1, ann, CID.certificate), bad),
-                ("a new key of another's",
-                 said(ANN, "replace", 1, ann, CID.certificate, new=BOB), wrong),
+                (
+                    "a new key of another's",
+                    said(ANN, "replace", 1, ann, CID.certificate, new=BOB),
+                    wrong,
+                ),
                 ("the same key again", said(ANN, "replace", 1, ann, ANN.certificate, new=ANN), bad),
             )
         ],
