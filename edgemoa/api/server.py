@@ -335,8 +335,8 @@ class Api:
             )
         except web.RequestPayloadError:
             return _error(UserError("the request's body cannot be read", hint="is it encoded?"))
-        except ConnectionError:
-            raise
+        except ConnectionError:  # the client left: as when aiohttp is the first to notice
+            raise asyncio.CancelledError from None
         except Exception:
             log.exception("a request failed", extra={"path": request.path})
             return _error(EdgemoaError("something went wrong in edgemoa", hint="see its log"))

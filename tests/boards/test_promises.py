@@ -31,7 +31,12 @@ def place() -> Iterator[Path]:
 def running(place: Path, models_dir: Path, *flags: str) -> Iterator[LocalBoard]:
     """A board that keeps its state in ``place`` over its lives."""
     board = start_board(
-        place, f"board.models_dir={models_dir}", f"model.name={MODEL}", "net.mdns=false", *flags
+        place,
+        f"board.models_dir={models_dir}",
+        f"model.name={MODEL}",
+        "net.mdns=false",
+        "model.threads=2",
+        *flags,
     )
     try:
         wait_until_ready([board])
@@ -172,8 +177,8 @@ def test_a_board_that_is_told_to_stop_finishes_later(place: Path, models_dir: Pa
     """Systemd does not wait for ever; what is not done by then is done after the next start."""
     with running(place, models_dir, "model.slots=1") as board:
         ids = [
-            call(board, "POST", "/v1/requests", asked("Tell a long story.", 100))[1]["id"]
-            for _ in range(3)
+            call(board, "POST", "/v1/requests", asked("Tell a long story.", 60))[1]["id"]
+            for _ in range(2)
         ]
         for _ in range(2):  # told twice: at once
             board.process.send_signal(signal.SIGTERM)
