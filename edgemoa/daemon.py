@@ -242,6 +242,7 @@ class Daemon:
         """Now and then: what a power cut takes away is learned again within minutes."""
         while True:
             await asyncio.sleep(LEARNED_KEPT_EVERY_S)
+            _trim_memory()
             await self._remember(store)
 
     async def _remember(self, store: Store) -> None:
@@ -588,6 +589,12 @@ def _give_back_memory() -> None:
     takes for large only what is larger than all that was freed before, and keeps the rest."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def _trim_memory() -> None:
+    """Give back what was freed in small pieces, by a flood for example: a millisecond or two."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _queue_bytes(memory_mb: int) -> int:
