@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = _command(commands, "ask", _ask, "ask the group, through this board's daemon")
     ask.add_argument("prompt", nargs="?", help="the prompt; read from standard input if left out")
+    ask.add_argument("--plan", metavar="PLAN", help="M2k3: two layers of three peers; or alone")
     ask.add_argument("--layers", "-M", type=_count(0, 8), help="layers of proposals")
     ask.add_argument("--proposers", "-k", type=_count(0, 16), help="peers per layer")
     ask.add_argument("--no-peers", action="store_true", help="this board alone")
@@ -305,11 +306,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from edgemoa import show
+    from edgemoa.client import ALONE, plan_of
 
     text = _prompt(_standard_input() if arguments.prompt is None else arguments.prompt)
     extra: dict[str, Any] = {"events": True}
-    if arguments.no_peers:
-        extra |= {"layers": 0, "proposers": 0}
+    if arguments.no_peers or arguments.plan:
+        extra |= plan_of(ALONE if arguments.no_peers else arguments.plan)
     for key in ("layers", "proposers"):
         if getattr(arguments, key) is not None:
             extra[key] = getattr(arguments, key)
@@ -517,5 +519,4 @@ def _standard_input() -> str:
 def _client(arguments: argparse.Namespace) -> Any:
     from edgemoa.client import Client
 
-    path = arguments.socket or os.environ.get("EDGEMOA_API_SOCKET")
-    return Client(Path(path).expanduser() if path else None)
+    return Client(arguments.socket)
