@@ -119,9 +119,12 @@ def test_the_same_with_asyncio(board: LocalBoard, tmp_path: Path) -> None:
             async with client.stream("A long story.", max_tokens=2_000) as stream:
                 async for _ in stream:
                     break
-            async with asyncio.timeout(5):
-                while (await client.status())["counters"]["cancelled"] == before:
-                    await asyncio.sleep(0.05)
+            for _ in range(100):
+                if (await client.status())["counters"]["cancelled"] > before:
+                    break
+                await asyncio.sleep(0.05)
+            else:
+                pytest.fail("an answer that nobody reads was not cancelled")
         async with AsyncClient(tmp_path / "none") as client:
             with pytest.raises(DaemonUnreachableError, match="no edgemoa daemon"):
                 await client.ask(PROMPT)
