@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from edgemoa.core import limits
-from edgemoa.core.events import Answered, RequestEvent, TokenLogprob, Wishes
+from edgemoa.core.events import (
+    Accepted,
+    Answered,
+    RequestEvent,
+    Text,
+    TokenLogprob,
+    Wishes,
+)
 from edgemoa.core.messages import ChatMessage, Role, Sampling
 from edgemoa.errors import (
     EdgemoaError,
@@ -26,13 +34,14 @@ from edgemoa.errors import (
 )
 
 GROUP_MODEL = "edgemoa"
-_PLAN = re.compile(r"edgemoa:M(\d)k(\d{1,2})")
+MAX_ANSWERS: Final = 8  # to one request
+_PLAN = re.compile(r"M(\d)k(\d{1,2})")
 _FORMS = (  # how llama.cpp and vLLM are told what form the answer has
     *("grammar", "json_schema", "structured_outputs"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 _REFUSED = {
-    **dict.fromkeys(("tools", "functions", "audio"), "leave it out"),
+    "audio": "leave it out",
     **dict.fromkeys(_FORMS, "a JSON schema goes in 'response_format'"),
 }
 
@@ -44,6 +53,7 @@ class TextPart(msgspec.Struct, tag_field="type", tag="text"):
 class Turn(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[Any] | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -65,25 +75,29 @@ class ResponseFormat(msgspec.Struct):
     schema: dict[str, Any] | None = None
 
 
-class Extra(msgspec.Struct, forbid_unknown_fields=True):
-    """What a request may ask of edgemoa beyond OpenAI's fields, under ``"edgemoa"``."""
+class Extra(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a request may ask of edgemoa beyond OpenAI's fields, under ``"edgemoa"``.
 
+    ``trace`` has the answer say how it came about; without it, whole answers do, and streams where
+    usage is told.
+    """
+
+    plan: Annotated[str, Meta(max_length=64)] | None = None  # M2k3: layers and proposers in one
     layers: Annotated[int, Meta(ge=0, le=limits.MAX_LAYERS)] | None = None
     proposers: Annotated[int, Meta(ge=0, le=limits.MAX_PROPOSERS)] | None = None
     deadline_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] | None = None
     strict: bool = False  # refuse what cannot be had as it was asked for, instead of less
     events: bool = False  # stream what happens while the boards work
+    trace: bool | None = None
 
 
-class ChatRequest(msgspec.Struct):
-    """``POST /v1/chat/completions``, as far as it is understood."""
+class Asked(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What chat and text completions have in common, as far as it is understood."""
 
-    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_TURNS)]
     model: str = GROUP_MODEL
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
@@ -102,16 +116,12 @@ class ChatRequest(msgspec.Struct):
         ]
         | None
     ) = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
+    n: Annotated[int, Meta(ge=1, le=MAX_ANSWERS)] | None = None
     # Understood only as far as leaving them out would give another answer; see _REFUSED.
-    n: int | None = None
-    tools: Any = None
-    functions: Any = None
     audio: Any = None
     grammar: Any = None
     json_schema: Any = None
@@ -121,6 +131,18 @@ class ChatRequest(msgspec.Struct):
     guided_choice: Any = None
     guided_grammar: Any = None
 
+
+class ChatRequest(Asked, kw_only=True, omit_defaults=True):
+    """``POST /v1/chat/completions``, as far as it is understood."""
+
+    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_TURNS)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+
     def conversation(self) -> tuple[ChatMessage, ...]:
         """The turns as the core knows them.
 
@@ -128,8 +150,11 @@ class ChatRequest(msgspec.Struct):
         """
         turns = []
         for turn in self.messages:
-            if turn.role in ("tool", "function"):
-                raise InvalidPromptError("tool results are not supported")
+            if turn.role in ("tool", "function") or turn.tool_calls:
+                raise InvalidPromptError(
+                    "calls of tools and their results are not supported",
+                    hint="leave these turns out",
+                )
             role: Role = "system" if turn.role == "developer" else turn.role  # type: ignore[assignment]
             content = turn.content or ""
             if isinstance(content, list):
@@ -152,21 +177,13 @@ class ChatRequest(msgspec.Struct):
 
         :raises ModelNotFoundError: a model that is neither the group nor this board's own.
         """
-        if match := _PLAN.fullmatch(self.model):
-            layers, proposers = int(match[1]), int(match[2])
-            if layers > limits.MAX_LAYERS or proposers > limits.MAX_PROPOSERS:
-                raise UserError(
-                    f"the plan {self.model} is too large",
-                    hint=f"at most M{limits.MAX_LAYERS}k{limits.MAX_PROPOSERS}",
-                )
-        elif self.model == own_model:
-            layers, proposers = 0, 0
-        elif self.model != GROUP_MODEL:
-            raise ModelNotFoundError(
-                f"there is no model '{self.model[:64]}' here",
-                hint=f"ask for '{GROUP_MODEL}', 'edgemoa:M1k2' or '{own_model}'",
-            )
+        named = plan_of(self.model, own_model)
+        layers, proposers = named if named is not None else (layers, proposers)
         extra = self.edgemoa
+        if extra.plan is not None:
+            if extra.layers is not None or extra.proposers is not None:
+                raise UserError("a plan is named, and its parts as well", hint="leave one out")
+            return _plan(extra.plan)
         return (
             layers if extra.layers is None else extra.layers,
             proposers if extra.proposers is None else extra.proposers,
@@ -178,8 +195,11 @@ class ChatRequest(msgspec.Struct):
         :param chance: the seed for a request without one.
         :raises UserError: for what cannot be done.
         """
-        if self.n not in (None, 1):
-            raise UserError("'n' is not supported", hint="leave it out")
+        if (self.tools or self.functions) and self.tool_choice != "none":
+            raise UserError(
+                "this board's model cannot be told of tools",
+                hint="leave 'tools' out, or ask for JSON with 'response_format'",
+            )
         for name, hint in _REFUSED.items():
             if getattr(self, name):
                 raise UserError(f"'{name}' is not supported", hint=hint)
@@ -252,11 +272,43 @@ class ChatRequest(msgspec.Struct):
         return text
 
 
-_decoder = msgspec.json.Decoder(ChatRequest)
 encode = msgspec.json.Encoder().encode
+T = TypeVar("T")
 
 
-def decode_chat_request(body: bytes) -> ChatRequest:
+def plan_of(model: str, own_model: str) -> tuple[int, int] | None:
+    """(M, k) that a model's name stands for; None for the group with the configured plan.
+
+    :raises ModelNotFoundError: it is neither the group nor this board's own model.
+    :raises UserError: that plan is too large.
+    """
+    if model == GROUP_MODEL:
+        return None
+    if own_model and model == own_model:
+        return 0, 0
+    group, _, plan = model.partition(":")
+    if group == GROUP_MODEL and _PLAN.fullmatch(plan):
+        return _plan(plan)
+    raise ModelNotFoundError(
+        f"there is no model '{model[:64]}' here",
+        hint=f"ask for '{GROUP_MODEL}', '{GROUP_MODEL}:M1k2' or '{own_model}'",
+    )
+
+
+def _plan(text: str) -> tuple[int, int]:
+    match = _PLAN.fullmatch(text)
+    if match is None:
+        raise UserError("that is no plan", hint="write e.g. M2k3: 2 layers of 3 peers")
+    layers, proposers = int(match[1]), int(match[2])
+    if layers > limits.MAX_LAYERS or proposers > limits.MAX_PROPOSERS:
+        raise UserError(
+            f"the plan {text} is too large",
+            hint=f"at most M{limits.MAX_LAYERS}k{limits.MAX_PROPOSERS}",
+        )
+    return layers, proposers
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Read a request body.
 
     :raises InvalidPromptError: it is not UTF-8.
@@ -269,7 +321,7 @@ def decode_chat_request(body: bytes) -> ChatRequest:
             f"the request is not valid UTF-8 (byte {error.start})", hint="encode it as UTF-8"
         ) from None
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise UserError(f"the request does not fit: {error}", hint="see the README") from None
     except RecursionError:
@@ -278,9 +330,12 @@ def decode_chat_request(body: bytes) -> ChatRequest:
         raise UserError(f"the request is not valid JSON: {error}", hint="check the body") from None
 
 
-def digest(ask: ChatRequest) -> bytes:
-    """16 bytes that tell a prompt from another: what is asked, not how the answer is sent."""
-    asked = msgspec.structs.replace(ask, stream=None, stream_options=None)
+chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
+
+
+def digest(asks: Sequence[ChatRequest]) -> bytes:
+    """16 bytes that tell what is asked from all else, however the answer is sent."""
+    asked = [msgspec.structs.replace(ask, stream=False, stream_options=None) for ask in asks]
     return hashlib.sha256(msgspec.json.encode(asked)).digest()[:16]
 
 
@@ -291,10 +346,14 @@ class ErrorBody(msgspec.Struct):
     param: None = None
 
 
+def sentence(error: EdgemoaError) -> str:
+    """What is wrong and what to do, in one sentence: clients show only that."""
+    return f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
+
+
 def error_json(error: EdgemoaError) -> dict[str, Any]:
-    """An error in OpenAI's shape. The hint is part of the sentence: clients show only that."""
-    message = f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
-    told: dict[str, Any] = {"error": ErrorBody(message, error.kind, error.code)}
+    """An error in OpenAI's shape."""
+    told: dict[str, Any] = {"error": ErrorBody(sentence(error), error.kind, error.code)}
     if isinstance(error, OverloadedError) and error.position:
         told["edgemoa"] = {"position": error.position, "retry_after_s": error.retry_after_s}
     return told
@@ -356,19 +415,24 @@ class Chunk(msgspec.Struct):
     choices: list[ChunkChoice]
     object: str = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
-    edgemoa: RequestEvent | UnsetType = UNSET
+    edgemoa: RequestEvent | Sequence[RequestEvent] | UnsetType = UNSET
 
 
-def usage(answered: Answered) -> Usage:
+def usage(*answers: Answered, each: int = 1) -> Usage:
     """OpenAI's token counts: the user's prompt and the answer, whatever the boards read besides.
+    Where one prompt has several answers, so many follow ``each`` other, it counts once.
 
     Cached is what of the user's prompt this board knew before its first job for it: its own
     proposal, or the answer. What each job read and found is in ``edgemoa``.
     """
-    prompt, total = answered.prompt_tokens, answered.prompt_tokens + answered.tokens
+    prompt = sum(answered.prompt_tokens for answered in answers[::each])
+    tokens = sum(answered.tokens for answered in answers)
+    return Usage(prompt, tokens, prompt + tokens, PromptDetails(sum(map(_cached, answers[::each]))))
+
+
+def _cached(answered: Answered) -> int:
     first = next((p for p in answered.proposals if p.own and p.layer == 1), answered)
-    details = PromptDetails(min(first.cached_tokens, prompt))
-    return Usage(prompt, answered.tokens, total, details)
+    return min(first.cached_tokens, answered.prompt_tokens)
 
 
 def finish_reason(answered: Answered) -> str:
@@ -395,34 +459,157 @@ def completion(
     request_id: str,
     created: int,
     model: str,
-    answered: Answered,
-    told: Iterable[TokenLogprob] | None = None,
+    *answers: Answered,
+    told: Sequence[Iterable[TokenLogprob]] | None = None,
+    trace: bool = True,
 ) -> dict[str, Any]:
-    """The answer to a request that was not streamed; ``told`` are its logprobs, if asked for."""
-    return {
+    """The answers to a prompt, whole; ``told`` are their logprobs, if asked for."""
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": answered.text},
+            "logprobs": None if told is None else logprobs(told[index]),
+            "finish_reason": finish_reason(answered),
+        }
+        for index, answered in enumerate(answers)
+    ]
+    whole = {
         "id": request_id,
         "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answered.text},
-                "logprobs": None if told is None else logprobs(told),
-                "finish_reason": finish_reason(answered),
-            }
-        ],
-        "usage": usage(answered),
-        "edgemoa": answered,
+        "choices": choices,
+        "usage": usage(*answers, each=len(answers)),
     }
+    return whole | ({"edgemoa": traced(answers)} if trace else {})
 
 
-def models_json(own_model: str) -> dict[str, Any]:
+def traced(answers: Sequence[Answered]) -> Answered | Sequence[Answered]:
+    """How it came about: of one answer, or of each."""
+    return answers[0] if len(answers) == 1 else answers
+
+
+@dataclass(slots=True)
+class Telling:
+    """How answers are told that were asked for in one of OpenAI's shapes: what both have in common.
+
+    :param usage: whether a stream ends with the tokens that were counted.
+    :param trace: see :class:`Extra`.
+    """
+
+    id: str
+    created: int
+    model: str
+    stream: bool = False
+    events: bool = False
+    usage: bool = False
+    trace: bool | None = None
+    logprobs: bool = False
+    answers: int = 1
+    each: int = 1  # to each prompt
+
+    content_type = "text/event-stream"
+    alive = b": working\n\n"
+
+    @classmethod
+    def of(cls, ask: Asked, logprobs: bool, prompts: int = 1) -> Self:
+        """As it was asked for; whose answer it is, is not known yet.
+
+        :raises UserError: it cannot be told so.
+        """
+        options, extra, each = ask.stream_options, ask.edgemoa, ask.n or 1
+        if prompts * each > MAX_ANSWERS:
+            raise UserError(
+                f"{prompts * each} answers are too many for one request",
+                hint=f"at most {MAX_ANSWERS}",
+            )
+        if extra.events and prompts * each > 1:
+            raise UserError("'events' are those of a single answer", hint="leave 'n' out")
+        return cls(
+            id="",
+            created=0,
+            model=ask.model,
+            stream=bool(ask.stream),
+            events=extra.events,
+            usage=extra.events or (options is not None and options.include_usage),
+            trace=extra.trace,
+            logprobs=logprobs,
+            answers=prompts * each,
+            each=each,
+        )
+
+    def ending(self, answers: Sequence[Answered]) -> dict[str, Any]:
+        """What a stream says beyond the answers."""
+        more: dict[str, Any] = {}
+        if self.usage:
+            more["usage"] = usage(*answers, each=self.each)
+        if self.usage if self.trace is None else self.trace:
+            more["edgemoa"] = traced(answers)
+        return more
+
+    def failed(self, error: EdgemoaError) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        return sse(encode(error_json(error)))
+
+
+class ChatTelling(Telling):
+    """Answers as chat completions."""
+
+    __slots__ = ()
+
+    def opening(self) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        begin = Delta(role="assistant", content="")
+        return b"".join(self._chunk(ChunkChoice(begin, index=i)) for i in range(self.answers))
+
+    def event(self, index: int, event: RequestEvent) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        match event:
+            case Text(text=text, logprobs=told):
+                choice = ChunkChoice(Delta(content=text), index=index)
+                if told:
+                    choice.logprobs = logprobs(told)
+                return self._chunk(choice)
+            case Answered():
+                return self._chunk(ChunkChoice(Delta(), finish_reason(event), index))
+            case _ if self.events:
+                return self._chunk(edgemoa=event)
+            case Accepted():
+                return b""
+            case _:
+                return self.alive
+
+    def closing(self, answers: Sequence[Answered]) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        more = self.ending(answers)
+        return (self._chunk(**more) if more else b"") + sse(b"[DONE]")
+
+    def whole(self, answers: Sequence[Answered], told: Sequence[Sequence[TokenLogprob]]) -> Any:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        return completion(
+            self.id,
+            self.created,
+            self.model,
+            *answers,
+            told=told if self.logprobs else None,
+            trace=self.trace is not False,
+        )
+
+    def _chunk(self, *choices: ChunkChoice, **more: Any) -> bytes:
+        return sse(encode(Chunk(self.id, self.created, self.model, list(choices), **more)))
+
+
+def sse(data: bytes) -> bytes:
+    """One server-sent event."""
+    return b"data: " + data + b"\n\n"
+
+
+def model_json(name: str, created: int = 0) -> dict[str, Any]:
+    """A model, for ``GET /v1/models/ID``."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "edgemoa"}
+
+
+def models_json(own_model: str, created: int = 0) -> dict[str, Any]:
     """``GET /v1/models``: the group, and this board's model alone."""
     names = [GROUP_MODEL, own_model] if own_model else [GROUP_MODEL]
-    return {
-        "object": "list",
-        "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "edgemoa"} for name in names
-        ],
-    }
+    return {"object": "list", "data": [model_json(name, created) for name in names]}

@@ -10,9 +10,10 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import openai
 import pytest
 
 from edgemoa import cli_peer_models
-from edgemoa.api import server
+from edgemoa.api import answers, server
 from edgemoa.api.openai import error_json, usage
 from edgemoa.api.server import Api
+from edgemoa.api.service import Card, Vector
 from edgemoa.client import Client
 from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
@@ -67,6 +69,7 @@ BEE = envelope.board_id(b"b" * 32)
 MODEL_ID = "ab" * 32
 WEIGHTS = os.urandom(1_000_000)
 LENT = f"/v1/peers/{BEE}/models/{MODEL_ID}"
+CARD = Card("tiny", "ab" * 32, 1_000, 1_700_000_000, "llama", 134_515_008, "Q4_0", 100, 3)
 RECORD = ProposalRecord("bee", BoardId("b"), "tiny", 1, 10, 5, 3, 7, own=False)
 
 
@@ -91,6 +94,7 @@ class ScriptedBoard:
     def __init__(self) -> None:
         self.asked: list[Request] = []
         self.schemas: list[str] = []
+        self.embedded: list[list[str]] = []
         self.script: list[RequestEvent | float] = [
             Accepted(Granted(1, 1), 0),
             ProposalArrived(RECORD),
@@ -112,6 +116,15 @@ class ScriptedBoard:
 
     def own_model(self) -> tuple[str, int]:
         return "tiny", self.context_tokens
+
+    def card(self) -> Card:
+        return CARD
+
+    async def embed(self, texts: Sequence[str]) -> list[Vector]:
+        if self.engine_down:
+            raise EngineError("the model is away", hint="wait")
+        self.embedded.append(list(texts))
+        return [Vector(struct.pack("<3f", len(text), 0.5, -1), len(text)) for text in texts]
 
     def refusal(self) -> Failed | None:
         return self.refused
@@ -389,7 +402,7 @@ def test_events_on_request(path: Path) -> None:
 def test_a_stream_says_something_while_nothing_happens(
     path: Path, board: ScriptedBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.05)
     board.script.insert(1, 0.3)
     response = Client(path)._request("POST", "/v1/chat/completions", body(stream=True))
     lines = response.read().split(b"\n\n")
@@ -405,6 +418,7 @@ def test_a_stream_says_something_while_nothing_happens(
         ("edgemoa:M2k3", {}, (2, 3)),
         ("edgemoa", {"layers": 3, "proposers": 4}, (3, 4)),
         ("edgemoa:M2k3", {"proposers": 1}, (2, 1)),
+        ("tiny", {"plan": "M2k3"}, (2, 3)),
     ],
 )
 def test_plans(
@@ -440,8 +454,14 @@ def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
         (body(model="edgemoa:M9k9"), 400, "invalid_request"),
         (body(max_tokens=0), 400, "invalid_request"),
         (body(temperature=9), 400, "invalid_request"),
-        (body(n=2), 400, "invalid_request"),
+        (body(n=9), 400, "invalid_request"),
+        (body(n=0), 400, "invalid_request"),
+        (body(n=2, edgemoa={"events": True}), 400, "invalid_request"),
         (body(tools=[{}]), 400, "invalid_request"),
+        (body(functions=[{}], tool_choice="auto"), 400, "invalid_request"),
+        (body(edgemoa={"plan": "M9k9"}), 400, "invalid_request"),
+        (body(edgemoa={"plan": "large"}), 400, "invalid_request"),
+        (body(edgemoa={"plan": "M1k1", "layers": 2}), 400, "invalid_request"),
         (body(grammar='root ::= "x"'), 400, "invalid_request"),
         (body(guided_json={"type": "integer"}), 400, "invalid_request"),
         (body(top_k=-2), 400, "invalid_request"),

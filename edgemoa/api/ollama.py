@@ -1,0 +1,393 @@
+"""Ollama's shapes: its clients' requests understood, answers, models and errors told their way.
+
+Pure, as :mod:`edgemoa.api.openai`. A request is made one of OpenAI's shape, so that both ways are
+one: the same bounds, the same defaults (greedy, the board's own length), the same refusals. The
+fields are those of Ollama's published API documentation (docs/api.md of its repository).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgemoa.api import openai
+from edgemoa.api.embeddings import Texts, numbers
+from edgemoa.api.openai import ChatRequest, Extra, ResponseFormat, Turn, encode
+from edgemoa.api.service import Card
+from edgemoa.core import limits
+from edgemoa.core.events import Answered, RequestEvent, Text, TokenLogprob
+from edgemoa.errors import EdgemoaError, UserError
+
+RUNNING: Final = "Ollama is running"
+"""What clients look for at ``/``: some compare the words."""
+VERSION: Final = "0.6.4"
+"""Of Ollama, whose API this is like: clients ask for the newest one that they need."""
+_LATEST: Final = ":latest"  # what a name without a tag means
+_NEVER: Final = "9999-12-31T23:59:59Z"
+_NS_PER_MS: Final = 1_000_000
+
+
+class Options(msgspec.Struct):
+    """How the answer is to be written. Others say how Ollama is to run its model (``num_ctx``,
+    ``num_gpu``, ``num_thread``...): they change nothing of the answer, and nothing here."""
+
+    num_predict: Annotated[int, Meta(ge=-2)] | None = None  # below 1: as long as the board lets it
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
+    repeat_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1)] | None = None  # here always over all, or none
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    # Understood only as far as leaving them out would give another answer.
+    mirostat: int | None = None
+    typical_p: float | None = None
+    tfs_z: float | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """The same in OpenAI's fields.
+
+        :raises UserError: for what cannot be done.
+        """
+        for name, usual in (("mirostat", 0), ("typical_p", 1), ("tfs_z", 1)):
+            if getattr(self, name) not in (None, usual):
+                raise UserError(f"the option '{name}' is not supported", hint="leave it out")
+        most = self.num_predict
+        penalty = None if self.repeat_last_n == 0 else self.repeat_penalty
+        same = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty")
+        return {name: getattr(self, name) for name in (*same, "frequency_penalty")} | {
+            "max_tokens": min(most, limits.MAX_COMPLETION_TOKENS) if most and most > 0 else None,
+            "repeat_penalty": penalty,
+        }
+
+
+class Common(msgspec.Struct, kw_only=True):
+    """What both ways to ask have in common, as far as it is understood. ``keep_alive`` is taken and
+    changes nothing: the model stays."""
+
+    model: str = openai.GROUP_MODEL
+    stream: bool | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: Options | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    think: bool | str | None = None
+    edgemoa: Extra = msgspec.field(default_factory=Extra)
+
+    def asked(self, turns: list[Turn], **more: Any) -> ChatRequest:
+        """The same in OpenAI's shape.
+
+        :raises UserError: for what cannot be done.
+        """
+        if self.think:
+            raise UserError("'think' is not supported", hint="leave it out")
+        if self.edgemoa.events:
+            raise UserError("'events' have no place in this shape", hint="use /v1/chat/completions")
+        form = None
+        if self.format:
+            schema = self.format if isinstance(self.format, dict) else None
+            form = ResponseFormat("json_object", schema=schema)
+        return ChatRequest(
+            messages=turns,
+            model=name_of(self.model),
+            stream=self.stream is not False,
+            response_format=form,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            edgemoa=self.edgemoa,
+            **(self.options or Options()).asked(),
+            **more,
+        )
+
+
+class ChatTurn(msgspec.Struct):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    images: list[Any] | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatAsk(Common, kw_only=True):
+    """``POST /api/chat``."""
+
+    messages: Annotated[list[ChatTurn], Meta(max_length=limits.MAX_TURNS)] | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether only the model is to be there."""
+        return not self.messages
+
+    def ask(self) -> ChatRequest:
+        """The same in OpenAI's shape.
+
+        :raises UserError: for what cannot be done.
+        """
+        turns = self.messages or []
+        if any(turn.images for turn in turns):
+            raise _no_images()
+        told = [Turn(turn.role, turn.content, turn.tool_calls) for turn in turns]
+        return self.asked(told, tools=self.tools)
+
+
+class GenerateAsk(Common, kw_only=True):
+    """``POST /api/generate``."""
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = None
+    template: str | None = None
+    context: list[Any] | None = None
+    raw: bool | None = None
+    images: list[Any] | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether only the model is to be there."""
+        return not self.prompt and not self.images
+
+    def ask(self) -> ChatRequest:
+        """The same in OpenAI's shape.
+
+        :raises UserError: for what cannot be done.
+        """
+        if self.images:
+            raise _no_images()
+        for name, hint in (
+            ("raw", "send the prompt alone: the model's own template is put around it"),
+            ("template", "the model has its own"),
+            ("suffix", "ask for what is to be written"),
+            ("context", "use /api/chat, and send the conversation"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"'{name}' is not supported", hint=hint)
+        system = [Turn("system", self.system)] if self.system else []
+        return self.asked([*system, Turn("user", self.prompt)])
+
+
+class EmbedAsk(msgspec.Struct):
+    """``POST /api/embed``. A text that does not fit in the model's context is refused, also where
+    ``truncate`` is asked for."""
+
+    model: str = openai.GROUP_MODEL
+    input: Texts | None = None
+    dimensions: Annotated[int, Meta(ge=0)] | None = None
+
+
+class EmbeddingsAsk(msgspec.Struct):
+    """``POST /api/embeddings``, the older way, for one text."""
+
+    model: str = openai.GROUP_MODEL
+    prompt: str | None = None
+
+
+class ShowAsk(msgspec.Struct):
+    """``POST /api/show``; ``name`` is the older word."""
+
+    model: str = ""
+    name: str = ""
+
+
+chat_decoder: Final = msgspec.json.Decoder(ChatAsk)
+generate_decoder: Final = msgspec.json.Decoder(GenerateAsk)
+embed_decoder: Final = msgspec.json.Decoder(EmbedAsk)
+embeddings_decoder: Final = msgspec.json.Decoder(EmbeddingsAsk)
+show_decoder: Final = msgspec.json.Decoder(ShowAsk)
+
+
+def name_of(model: str) -> str:
+    """A model's name here: no tags but those that are plans."""
+    return model.removesuffix(_LATEST) or openai.GROUP_MODEL
+
+
+def _no_images() -> UserError:
+    return UserError("images are not supported", hint="this board's model reads text alone")
+
+
+# --- answers
+
+
+@dataclass(slots=True)
+class Telling:
+    """How an answer is told: lines of JSON, or one.
+
+    :param chat: whether as a turn, or as a mere text.
+    :param trace: whether the end says how the answer came about.
+    """
+
+    model: str
+    chat: bool
+    stream: bool
+    logprobs: bool = False
+    trace: bool = False
+    id: str = ""  # there is no place for it
+    created: int = 0
+
+    content_type = "application/x-ndjson"
+
+    @classmethod
+    def of(cls, ask: ChatAsk | GenerateAsk) -> Telling:
+        """As it was asked for."""
+        stream, trace = ask.stream is not False, bool(ask.edgemoa.trace)
+        return cls(ask.model, isinstance(ask, ChatAsk), stream, bool(ask.logprobs), trace)
+
+    @property
+    def alive(self) -> bytes:
+        """A line of no text: clients read each as JSON, and none may be empty."""
+        return self._line("")
+
+    def opening(self) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        return b""
+
+    def event(self, index: int, event: RequestEvent) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        if not isinstance(event, Text):
+            return b""
+        return self._line(event.text, **_logprobs(event.logprobs or None))
+
+    def closing(self, answers: Sequence[Answered]) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        return self._line("", **self._end(answers[0]))
+
+    def failed(self, error: EdgemoaError) -> bytes:
+        """See :class:`edgemoa.api.answers.Shape`."""
+        return encode(error_json(error)) + b"\n"
+
+    def whole(self, answers: Sequence[Answered], told: Sequence[Sequence[TokenLogprob]]) -> Any:
+        """See :class:`edgemoa.api.answers.Shape`. Without an answer, only the model was loaded."""
+        if not answers:
+            return self._said("", done=True, done_reason="load")
+        more = _logprobs(told[0] if self.logprobs else None)
+        return self._said(answers[0].text, **more, **self._end(answers[0]))
+
+    def _line(self, text: str, **more: Any) -> bytes:
+        return encode(self._said(text, **more)) + b"\n"
+
+    def _said(self, text: str, *, done: bool = False, **more: Any) -> dict[str, Any]:
+        said: dict[str, Any] = {"model": self.model, "created_at": _time(self.created)}
+        if self.chat:
+            said["message"] = {"role": "assistant", "content": text}
+        else:
+            said["response"] = text
+        return said | {"done": done} | more
+
+    def _end(self, answered: Answered) -> dict[str, Any]:
+        reading_ms = answered.prefill_ms
+        writing_ms = max(answered.work_ms - reading_ms, 1)  # which clients divide by
+        end = {
+            "done": True,
+            "done_reason": openai.finish_reason(answered),
+            "total_duration": answered.total_ms * _NS_PER_MS,
+            "load_duration": 0,
+            "prompt_eval_count": answered.prompt_tokens,
+            "prompt_eval_duration": reading_ms * _NS_PER_MS,
+            "eval_count": answered.tokens,
+            "eval_duration": writing_ms * _NS_PER_MS,
+        }
+        return end | ({"edgemoa": answered} if self.trace else {})
+
+
+def _logprobs(told: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+    return {} if told is None else {"logprobs": openai.logprobs(told).content}
+
+
+def embed_json(
+    model: str, vectors: Sequence[bytes], tokens: int, duration_ms: int
+) -> dict[str, Any]:
+    """The answer to :class:`EmbedAsk`."""
+    return {
+        "model": model,
+        "embeddings": [numbers(vector) for vector in vectors],
+        "total_duration": duration_ms * _NS_PER_MS,
+        "load_duration": 0,
+        "prompt_eval_count": tokens,
+    }
+
+
+def error_json(error: EdgemoaError) -> dict[str, Any]:
+    """An error in Ollama's shape."""
+    return {"error": openai.sentence(error)}
+
+
+# --- models
+
+
+def tags_json(card: Card) -> dict[str, Any]:
+    """``GET /api/tags``: the group, and this board's model alone."""
+    return {"models": [_listed(each) for each in (group_card(card), card)]}
+
+
+def ps_json(card: Card, context_tokens: int) -> dict[str, Any]:
+    """``GET /api/ps``: the same, once the model is loaded. It stays, so its time has no end."""
+    cards = (group_card(card), card) if context_tokens else ()
+    more = {"expires_at": _NEVER, "size_vram": 0, "context_length": context_tokens}
+    return {"models": [_listed(each) | more for each in cards]}
+
+
+def show_json(card: Card) -> dict[str, Any]:
+    """``POST /api/show``."""
+    info: dict[str, Any] = {"general.architecture": card.architecture}
+    if card.parameters:
+        info["general.parameter_count"] = card.parameters
+    info[f"{card.architecture}.context_length"] = card.context_length
+    info[f"{card.architecture}.block_count"] = card.layers
+    return {
+        "modelfile": f"FROM {card.name}\n",
+        "parameters": "",
+        "template": "",
+        "license": "",
+        "details": _details(card),
+        "model_info": info,
+        "capabilities": ["completion"],
+        "modified_at": _time(card.created),
+    }
+
+
+def group_card(card: Card) -> Card:
+    """The group, which answers with this board's model in the end."""
+    digest = hashlib.sha256(f"{openai.GROUP_MODEL} {card.digest}".encode()).hexdigest()
+    return replace(card, name=openai.GROUP_MODEL, digest=digest)
+
+
+def _listed(card: Card) -> dict[str, Any]:
+    name = card.name + _LATEST
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": _time(card.created),
+        "size": card.size_bytes,
+        "digest": card.digest,
+        "details": _details(card),
+    }
+
+
+def _details(card: Card) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "onnx",
+        "family": card.architecture,
+        "families": [card.architecture],
+        "parameter_size": _size(card.parameters),
+        "quantization_level": card.quantization,
+    }
+
+
+def _size(parameters: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.2f}{name}"
+    return ""
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
