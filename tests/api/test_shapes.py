@@ -315,9 +315,11 @@ def test_ollamas_answers(path: Path, board: Board, target: str) -> None:
     assert status == 200
     assert headers["Content-Type"] == "application/x-ndjson"
     said = lines(told)
-    text = (lambda line: line["message"]["content"]) if "chat" in target else (
-        lambda line: line["response"]
-    )  # fmt: skip
+
+    def text(line: dict[str, Any]) -> str:
+        written: str = line["message"]["content"] if "chat" in target else line["response"]
+        return written
+
     assert [text(line) for line in said] == ["1Bec", "1ause.", ""]
     assert [line["done"] for line in said] == [False, False, True]
     assert said[-1]["done_reason"] == "stop"

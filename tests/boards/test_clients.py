@@ -106,7 +106,8 @@ def test_logprobs_and_usage_of_a_stream(gpt: openai.OpenAI) -> None:
     tokens, text, usage = [], "", None
     for chunk in gpt.chat.completions.create(
         model=MODEL, messages=said("Name a colour."), max_tokens=8, logprobs=True, top_logprobs=3,
-        stream=True, stream_options={"include_usage": True}, extra_body={"edgemoa": {"trace": True}},
+        stream=True, stream_options={"include_usage": True},
+        extra_body={"edgemoa": {"trace": True}},
     ):  # fmt: skip
         for choice in chunk.choices:
             text += choice.delta.content or ""
@@ -206,7 +207,7 @@ def test_ollama_chats(llama: ollama.Client, gpt: openai.OpenAI) -> None:
         messages=messages,
         max_tokens=16,
         temperature=0,
-        stop="\n\n",  # type: ignore[arg-type]
+        stop="\n\n",
     )
     assert same.choices[0].message.content == whole.message.content
 
@@ -274,5 +275,5 @@ def test_ollama_hears_what_is_wrong(llama: ollama.Client) -> None:
         (lambda: llama.delete("llama9"), 404, "edgemoa model"),
     ):
         with pytest.raises(ollama.ResponseError, match=words) as told:
-            attempt()  # type: ignore[no-untyped-call]
+            attempt()
         assert told.value.status_code == status
