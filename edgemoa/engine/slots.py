@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from edgemoa.core.events import Given
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.core.rates import Meter
 from edgemoa.engine import drafts
@@ -149,9 +150,9 @@ class SlotsBackend:
         self._owed_s = 0.0  # that jobs which write have waited for what is read ahead
         self.meter = Meter()
 
-    def count(self, messages: tuple[ChatMessage, ...]) -> int:
+    def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
-        return len(self._reader.read(messages))
+        return len(self._reader.read(messages, given))
 
     def admit(self, job: Work) -> bool:
         """Give ``job`` a slot; False where other jobs may come to need the memory for it.
@@ -160,7 +161,8 @@ class SlotsBackend:
         :class:`EngineError` where there is no memory for it.
         """
         # Texts to embed have nothing in common that could be kept.
-        prompt = [] if isinstance(job, Embed) else self._reader.read(job.messages)
+        given = job.wishes.given if isinstance(job, Generate) else "turns"
+        prompt = [] if isinstance(job, Embed) else self._reader.read(job.messages, given)
         answer: Answer | Scoring | Embedder
         if isinstance(job, Embed):
             answer = self._embedder(job)
