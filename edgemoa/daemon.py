@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Final, Literal
@@ -25,13 +26,15 @@ import msgspec
 
 from edgemoa.api.doors import Door, Keys, open_door
 from edgemoa.api.server import Api
-from edgemoa.api.service import Card, Vector
+from edgemoa.api.service import Card, Lender, PeerModels, Vector
+from edgemoa.api.service import Device as DeviceState
 from edgemoa.config import Config
 from edgemoa.core import limits
 from edgemoa.core.events import (
     Effect,
     EngineInfo,
     Failed,
+    Given,
     ReadAhead,
     Request,
     RequestEvent,
@@ -376,7 +379,10 @@ class Daemon:
 
     def card(self) -> Card:
         """See :class:`edgemoa.api.service.Service`."""
-        return self._card
+        info = self._node.engine
+        if info is None:
+            return self._card
+        return replace(self._card, calls_tools=info.calls_tools, embeds=info.embeds)
 
     async def embed(self, texts: Sequence[str]) -> list[Vector]:
         """See :class:`edgemoa.api.service.Service`."""
@@ -384,10 +390,10 @@ class Daemon:
         told = await self._engine.embed(texts)
         return [Vector(each.vector, each.tokens) for each in told.embeddings]
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """See :class:`edgemoa.api.service.Service`."""
         await self._engine_started.wait()  # the API listens a moment earlier
-        return await self._engine.measure(messages)
+        return await self._engine.measure(messages, given)
 
     async def check_schema(self, schema: str) -> None:
         """See :class:`edgemoa.api.service.Service`."""
@@ -454,12 +460,12 @@ class Daemon:
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
         return status
 
-    def devices(self) -> list[dict[str, Any]]:
+    def devices(self) -> list[DeviceState]:
         """See :class:`edgemoa.api.service.Service`."""
         peers = {peer.id: peer for peer in snapshot(self._node, self._now_ms()).peers}
         devices = []
         for device in self._network.devices():
-            told: dict[str, Any] = msgspec.to_builtins(device)
+            told: DeviceState = msgspec.to_builtins(device)
             peer = peers.get(device.id)
             if peer is not None:
                 told |= {
@@ -473,24 +479,24 @@ class Daemon:
             devices.append(told)
         return devices
 
-    async def peer_models(self) -> dict[str, Any]:
+    async def peer_models(self) -> PeerModels:
         """See :class:`edgemoa.api.service.Service`."""
         paired = [d for d in self._network.devices() if d.state == "paired"]
         boards = await asyncio.gather(*(self._lends(device) for device in paired))
         return {"models_dir": str(self._library.root), "boards": boards}
 
-    async def _lends(self, device: Device) -> dict[str, Any]:
-        told: dict[str, Any] = {"id": device.id, "name": device.name, "models": [], "detail": ""}
+    async def _lends(self, device: Device) -> Lender:
+        told: Lender = {"id": device.id, "name": device.name, "models": [], "detail": ""}
         if not device.linked:
-            return told | {"detail": device.detail or "it is not there now"}
+            return {**told, "detail": device.detail or "it is not there now"}
         async with self._asking:
             try:
                 async with asyncio.timeout(PEER_MODELS_S), self._network.borrow(device.id) as there:
-                    return told | {"models": msgspec.to_builtins(await there.offers())}
+                    return {**told, "models": msgspec.to_builtins(await there.offers())}
             except TimeoutError:
-                return told | {"detail": "it does not answer in time"}
+                return {**told, "detail": "it does not answer in time"}
             except EdgemoaError as error:
-                return told | {"detail": str(error)}
+                return {**told, "detail": str(error)}
 
     async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
         """See :class:`edgemoa.api.service.Service`."""

@@ -14,9 +14,11 @@ from aiohttp import web
 
 from edgemoa.api.service import Service
 from edgemoa.core import limits
+from edgemoa.core.events import Given
 from edgemoa.core.messages import ChatMessage
 from edgemoa.errors import EngineError, OverloadedError, UserError
 
+SMALL_BYTES: Final = 4 * limits.KIB  # of a body that holds no prompt
 READ_S: Final = 30.0  # for a request to arrive
 MEASURE_S: Final = 60.0  # for its tokens to be counted; the model may still be loading
 
@@ -36,6 +38,23 @@ def peer(http: web.Request) -> tuple[str, str]:
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return str(uid), f"{uid}:{pid}"
+
+
+async def read_small(http: web.Request) -> bytes:
+    """A body that holds no prompt.
+
+    :raises UserError: it is too long, or does not arrive in time.
+    """
+    body = b""
+    try:
+        async with asyncio.timeout(READ_S):
+            while more := await http.content.readany():
+                body += more
+                if len(body) > SMALL_BYTES:
+                    raise UserError("the request is too long", hint="send less")
+    except TimeoutError:
+        raise UserError("the request did not arrive in time", hint="send it faster") from None
+    return body
 
 
 @dataclass(slots=True)
@@ -117,7 +136,9 @@ class Arrivals:
         except TimeoutError:
             raise UserError("the request did not arrive in time", hint="send it faster") from None
 
-    async def measure(self, messages: tuple[ChatMessage, ...], schema: str = "") -> int:
+    async def measure(
+        self, messages: tuple[ChatMessage, ...], schema: str = "", given: Given = "turns"
+    ) -> int:
         """Count a prompt's tokens, and see that the schema, if there is one, can be obeyed; few
         prompts at a time, and only if it could be accepted.
 
@@ -129,7 +150,7 @@ class Arrivals:
         if schema and self._checking >= limits.MAX_CHECKING:
             raise OverloadedError("too many schemas arrive at a time", hint="try again in 1 s")
         self._checking += bool(schema)
-        counting = asyncio.ensure_future(self._check(messages, schema))
+        counting = asyncio.ensure_future(self._check(messages, schema, given))
         self._measuring.add(counting)
         counting.add_done_callback(self._measured)
         done, _ = await asyncio.wait({counting}, timeout=MEASURE_S)
@@ -137,13 +158,13 @@ class Arrivals:
             raise EngineError("the model is not ready yet", hint="try again in a moment")
         return counting.result()
 
-    async def _check(self, messages: tuple[ChatMessage, ...], schema: str) -> int:
+    async def _check(self, messages: tuple[ChatMessage, ...], schema: str, given: Given) -> int:
         if schema:
             try:
                 await self._service.check_schema(schema)
             finally:
                 self._checking -= 1
-        return await self._service.measure(messages)
+        return await self._service.measure(messages, given)
 
     def _measured(self, counting: asyncio.Future[int]) -> None:
         self._measuring.discard(counting)

@@ -4,33 +4,50 @@ that answers, for Ollama's clients, which look for that first.
 
 from __future__ import annotations
 
+import msgspec
 from aiohttp import web
 
 from edgemoa import __version__
 from edgemoa.api import ollama, openai
 from edgemoa.api.answers import json_response
+from edgemoa.api.arrivals import read_small
+from edgemoa.api.routes import Parameter, Route, Told, ok
 from edgemoa.api.service import Service
-from edgemoa.core import limits
-from edgemoa.errors import NotFoundError, UserError
+from edgemoa.errors import ModelNotFoundError, NotFoundError, UserError
+
+_LEAVE_IT: tuple[tuple[str, str], ...] = (
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+)
 
 
-def routes(service: Service) -> list[web.RouteDef]:
+class Version(msgspec.Struct):
+    """``version`` is that of Ollama, whose API this is like."""
+
+    version: str = ollama.VERSION
+    edgemoa: str = __version__
+
+
+def routes(service: Service) -> list[Route]:
     """The routes, to be added to an application."""
 
     async def models(_: web.Request) -> web.Response:
         card = service.card()
-        return json_response(openai.models_json(card.name, card.created))
+        return json_response(openai.models(card.name, card.created))
 
     async def model(http: web.Request) -> web.Response:
         name, card = http.match_info["id"], service.card()
         openai.plan_of(name, card.name)
-        return json_response(openai.model_json(name, card.created))
+        return json_response(openai.Model(name, card.created))
 
     async def running(_: web.Request) -> web.Response:
         return web.Response(text=ollama.RUNNING)
 
     async def version(_: web.Request) -> web.Response:
-        return json_response({"version": ollama.VERSION, "edgemoa": __version__})
+        return json_response(Version())
 
     async def tags(_: web.Request) -> web.Response:
         return json_response(ollama.tags_json(service.card()))
@@ -39,15 +56,12 @@ def routes(service: Service) -> list[web.RouteDef]:
         return json_response(ollama.ps_json(service.card(), service.own_model()[1]))
 
     async def show(http: web.Request) -> web.Response:
-        body = await http.content.read(4 * limits.KIB + 1)
-        while 0 < len(body) <= 4 * limits.KIB and (more := await http.content.readany()):
-            body += more
-        if len(body) > 4 * limits.KIB:
-            raise UserError("the request is too long", hint="name a model")
-        ask, card = openai.decode(body, ollama.show_decoder), service.card()
+        ask, card = openai.decode(await read_small(http), ollama.show_decoder), service.card()
         name = ollama.name_of(ask.model or ask.name)
-        own = openai.plan_of(name, card.name) == (0, 0) and name == card.name
-        return json_response(ollama.show_json(card if own else ollama.group_card(card)))
+        openai.plan_of(name, card.name)
+        return json_response(
+            ollama.show_json(card if name == card.name else ollama.group_card(card))
+        )
 
     async def other(http: web.Request) -> web.Response:
         raise NotFoundError(
@@ -56,13 +70,76 @@ def routes(service: Service) -> list[web.RouteDef]:
         )
 
     return [
-        web.get("/v1/models", models),
-        web.get("/v1/models/{id}", model),
-        web.get("/", running),
-        web.get("/api/version", version),
-        web.get("/api/tags", tags),
-        web.get("/api/ps", loaded),
-        web.post("/api/show", show),
-        *(web.post(f"/api/{what}", other) for what in ("pull", "push", "create", "copy")),
-        web.delete("/api/delete", other),
+        Route(
+            method="GET",
+            path="/v1/models",
+            handler=models,
+            about='What "model" may be',
+            told=ok("The group, and this board's model alone", openai.Models),
+            head=True,
+        ),
+        Route(
+            method="GET",
+            path="/v1/models/{id}",
+            handler=model,
+            about="A model, or a plan of the group",
+            told=ok("It is there", openai.Model),
+            parameters=[
+                Parameter("id", "path", "its name", {"type": "string", "minLength": 1}),
+            ],
+            errors=(UserError, ModelNotFoundError),
+            head=True,
+        ),
+        Route(
+            method="GET",
+            path="/",
+            handler=running,
+            about="That somebody is here, as Ollama says it",
+            told={200: Told("It is", {"text/plain": None})},
+            head=True,
+        ),
+        Route(
+            method="GET",
+            path="/api/version",
+            handler=version,
+            about="Which version of Ollama's API this is like",
+            told=ok("It, and edgemoa's own", Version),
+            head=True,
+        ),
+        Route(
+            method="GET",
+            path="/api/tags",
+            handler=tags,
+            about='What "model" may be, as Ollama says it',
+            told=ok("The group, and this board's model alone", ollama.Models),
+            head=True,
+        ),
+        Route(
+            method="GET",
+            path="/api/ps",
+            handler=loaded,
+            about="Which models are loaded",
+            told=ok("The same, once it is loaded", ollama.Models),
+            head=True,
+        ),
+        Route(
+            method="POST",
+            path="/api/show",
+            handler=show,
+            about="What a model is and can do",
+            asks=ollama.ShowAsk,
+            told=ok("It", ollama.Shown),
+            errors=(UserError, ModelNotFoundError),
+        ),
+        *(
+            Route(
+                method="DELETE" if method == "DELETE" else "POST",
+                path=path,
+                handler=other,
+                about="Not supported: models come and go with `edgemoa model` on the board",
+                told={},
+                errors=(NotFoundError,),
+            )
+            for method, path in _LEAVE_IT
+        ),
     ]

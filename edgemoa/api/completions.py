@@ -1,8 +1,8 @@
 """OpenAI's older shape, ``/v1/completions``: a text, and how it goes on.
 
-Pure, as :mod:`edgemoa.api.openai`, whose types it shares. The boards' models were taught turns, so
-a text becomes the user's turn and is read with the model's chat template, like any other prompt;
-only a model without a template goes on with it as it stands. What needs the bare text is refused.
+Pure, as :mod:`edgemoa.api.openai`, whose types it shares. This board's own model goes on with a
+text as it stands. The group answers prompts, and proposals do not go on with each other's texts; so
+for the group, a text is the user's turn.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from edgemoa.api import openai
-from edgemoa.api.openai import Asked, ChatRequest, Telling, Turn, encode, sse
+from edgemoa.api import chats
+from edgemoa.api.chats import Finish, Telling, sse
+from edgemoa.api.openai import MAX_ANSWERS, Asked, BareRequest, ChatRequest, encode
+from edgemoa.api.turns import Turn
 from edgemoa.core import limits
 from edgemoa.core.events import Accepted, Answered, RequestEvent, Text, TokenLogprob
 from edgemoa.errors import UserError
@@ -25,19 +27,19 @@ _BARE: Final = "ask for a chat completion"
 
 
 class CompletionRequest(Asked, kw_only=True, omit_defaults=True):
-    """``POST /v1/completions``, as far as it is understood. ``best_of`` may say what ``n`` says."""
+    """``POST /v1/completions``, as far as it is understood. Each text of ``prompt`` has its own
+    answers. ``best_of`` may say what ``n`` says."""
 
-    prompt: (
-        str | Annotated[list[str], Meta(min_length=1, max_length=openai.MAX_ANSWERS)]
-    )  # each text has its own answers
+    prompt: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_ANSWERS)]
     logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
 
-    def asks(self) -> list[ChatRequest]:
+    def asks(self, own_model: str) -> list[ChatRequest]:
         """One for each text.
 
+        :param own_model: the name of this board's.
         :raises UserError: for what cannot be done.
         """
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -48,8 +50,9 @@ class CompletionRequest(Asked, kw_only=True, omit_defaults=True):
             raise UserError("'suffix' is not supported", hint=_BARE)
         common = {name: getattr(self, name) for name in Asked.__struct_fields__}
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        kind = BareRequest if self.model == own_model else ChatRequest
         return [
-            ChatRequest(
+            kind(
                 **common,
                 messages=[Turn("user", text)],
                 logprobs=self.logprobs is not None,
@@ -75,7 +78,7 @@ class TextChoice(msgspec.Struct):
     text: str
     index: int
     logprobs: TextLogprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: Finish | None = None
 
 
 class TextChunk(msgspec.Struct):
@@ -85,9 +88,9 @@ class TextChunk(msgspec.Struct):
     created: int
     model: str
     choices: list[TextChoice]
-    object: str = "text_completion"
-    usage: openai.Usage | UnsetType | None = UNSET
-    edgemoa: RequestEvent | Sequence[RequestEvent] | UnsetType = UNSET
+    object: Literal["text_completion"] = "text_completion"
+    usage: chats.Usage | UnsetType = UNSET
+    edgemoa: RequestEvent | list[Answered] | UnsetType = UNSET
 
 
 def logprobs(tokens: Iterable[TokenLogprob], offset: int = 0) -> TextLogprobs:
@@ -128,7 +131,7 @@ class TextTelling(Telling):
                 self._said[index] = said + len(text)
                 return self._chunk(TextChoice(text, index, logprobs(told, said) if told else None))
             case Answered():
-                reason = openai.finish_reason(event)
+                reason = chats.finish_reason(event)
                 return self._chunk(TextChoice("", index, finish_reason=reason))
             case _ if self.events:
                 return self._chunk(edgemoa=event)
@@ -149,14 +152,14 @@ class TextTelling(Telling):
                 answered.text,
                 index,
                 logprobs(told[index]) if self.logprobs else None,
-                openai.finish_reason(answered),
+                chats.finish_reason(answered),
             )
             for index, answered in enumerate(answers)
         ]
         whole = TextChunk(self.id, self.created, self.model, choices)
-        whole.usage = openai.usage(*answers, each=self.each)
+        whole.usage = chats.usage(*answers, each=self.each)
         if self.trace is not False:
-            whole.edgemoa = openai.traced(answers)
+            whole.edgemoa = chats.traced(answers)
         return whole
 
     def _chunk(self, *choices: TextChoice, **more: Any) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -72,26 +72,40 @@ def check_dimensions(wanted: int | None, vector: bytes) -> None:
         )
 
 
-def numbers(vector: bytes) -> tuple[float, ...]:
+def numbers(vector: bytes) -> list[float]:
     """A vector of float32, little-endian, as JSON tells it."""
-    return struct.unpack(f"<{len(vector) // 4}f", vector)
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+
+class Embedding(msgspec.Struct):
+    """A text's vector: numbers, or these as float32, little-endian, in base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(msgspec.Struct):
+    """The answer to :class:`EmbeddingRequest`."""
+
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
 
 
 def embeddings_json(
     ask: EmbeddingRequest, model: str, vectors: Sequence[bytes], tokens: int
-) -> dict[str, Any]:
+) -> Embeddings:
     """The answer; ``tokens`` are those that were read."""
-    encoded: Sequence[Any] = (
-        [b64encode(vector).decode() for vector in vectors]
-        if ask.encoding_format == "base64"
-        else [numbers(vector) for vector in vectors]
-    )
-    return {
-        "object": "list",
-        "model": model,
-        "data": [
-            {"object": "embedding", "index": index, "embedding": each}
-            for index, each in enumerate(encoded)
-        ],
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+    compact = ask.encoding_format == "base64"
+    data = [
+        Embedding(index, b64encode(vector).decode() if compact else numbers(vector))
+        for index, vector in enumerate(vectors)
+    ]
+    return Embeddings(model, data, EmbeddingUsage(tokens, tokens))

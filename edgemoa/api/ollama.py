@@ -14,12 +14,23 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
-from edgemoa.api import openai
+from edgemoa.api import chats, openai
+from edgemoa.api.chats import ContentLogprob
 from edgemoa.api.embeddings import Texts, numbers
-from edgemoa.api.openai import ChatRequest, Extra, ResponseFormat, Turn, encode
+from edgemoa.api.openai import (
+    BareRequest,
+    ChatRequest,
+    Extra,
+    Refusal,
+    ResponseFormat,
+    Seed,
+    Stop,
+    encode,
+)
 from edgemoa.api.service import Card
+from edgemoa.api.turns import Tool, ToolCallPart, Turn
 from edgemoa.core import limits
 from edgemoa.core.events import Answered, RequestEvent, Text, TokenLogprob
 from edgemoa.errors import EdgemoaError, UserError
@@ -42,8 +53,8 @@ class Options(msgspec.Struct):
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    seed: int | None = None
-    stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
     repeat_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
     repeat_last_n: Annotated[int, Meta(ge=-1)] | None = None  # here always over all, or none
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
@@ -83,9 +94,10 @@ class Common(msgspec.Struct, kw_only=True):
     think: bool | str | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
 
-    def asked(self, turns: list[Turn], **more: Any) -> ChatRequest:
+    def asked(self, turns: list[Turn], *, bare: bool = False, **more: Any) -> ChatRequest:
         """The same in OpenAI's shape.
 
+        :param bare: whether the one turn is read as it stands.
         :raises UserError: for what cannot be done.
         """
         if self.think:
@@ -96,7 +108,8 @@ class Common(msgspec.Struct, kw_only=True):
         if self.format:
             schema = self.format if isinstance(self.format, dict) else None
             form = ResponseFormat("json_object", schema=schema)
-        return ChatRequest(
+        kind = BareRequest if bare else ChatRequest
+        return kind(
             messages=turns,
             model=name_of(self.model),
             stream=self.stream is not False,
@@ -113,14 +126,16 @@ class ChatTurn(msgspec.Struct):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     images: list[Any] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[ToolCallPart], Meta(max_length=limits.MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
+    tool_name: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class ChatAsk(Common, kw_only=True):
     """``POST /api/chat``."""
 
     messages: Annotated[list[ChatTurn], Meta(max_length=limits.MAX_TURNS)] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=limits.MAX_TOOLS)] | None = None
 
     @property
     def loads(self) -> bool:
@@ -135,7 +150,10 @@ class ChatAsk(Common, kw_only=True):
         turns = self.messages or []
         if any(turn.images for turn in turns):
             raise _no_images()
-        told = [Turn(turn.role, turn.content, turn.tool_calls) for turn in turns]
+        told = [
+            Turn(turn.role, turn.content, turn.tool_calls, turn.tool_call_id, turn.tool_name)
+            for turn in turns
+        ]
         return self.asked(told, tools=self.tools)
 
 
@@ -163,13 +181,16 @@ class GenerateAsk(Common, kw_only=True):
         if self.images:
             raise _no_images()
         for name, hint in (
-            ("raw", "send the prompt alone: the model's own template is put around it"),
             ("template", "the model has its own"),
             ("suffix", "ask for what is to be written"),
             ("context", "use /api/chat, and send the conversation"),
         ):
             if getattr(self, name):
                 raise UserError(f"'{name}' is not supported", hint=hint)
+        if self.raw and self.system:
+            raise UserError("'raw' and 'system' cannot go together", hint="leave one of them out")
+        if self.raw:
+            return self.asked([Turn("user", self.prompt)], bare=True)
         system = [Turn("system", self.system)] if self.system else []
         return self.asked([*system, Turn("user", self.prompt)])
 
@@ -216,6 +237,49 @@ def _no_images() -> UserError:
 # --- answers
 
 
+class Called(msgspec.Struct):
+    """``arguments`` are a JSON object."""
+
+    name: str
+    arguments: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": "object"})]
+
+
+class ToolCallTold(msgspec.Struct):
+    function: Called
+
+
+class TurnTold(msgspec.Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    tool_calls: list[ToolCallTold] | UnsetType = UNSET
+
+
+class Told(msgspec.Struct, kw_only=True):
+    """A line of a stream, or all of an answer. What follows ``done`` is said at the end; durations
+    are in nanoseconds."""
+
+    model: str
+    created_at: str
+    logprobs: list[ContentLogprob] | UnsetType = UNSET
+    done: bool = False
+    done_reason: Literal["stop", "length", "load"] | UnsetType = UNSET
+    total_duration: int | UnsetType = UNSET
+    load_duration: int | UnsetType = UNSET
+    prompt_eval_count: int | UnsetType = UNSET
+    prompt_eval_duration: int | UnsetType = UNSET
+    eval_count: int | UnsetType = UNSET
+    eval_duration: int | UnsetType = UNSET
+    edgemoa: Answered | UnsetType = UNSET
+
+
+class ChatTold(Told, kw_only=True):
+    message: TurnTold
+
+
+class GenerateTold(Told, kw_only=True):
+    response: str
+
+
 @dataclass(slots=True)
 class Telling:
     """How an answer is told: lines of JSON, or one.
@@ -251,9 +315,13 @@ class Telling:
 
     def event(self, index: int, event: RequestEvent) -> bytes:
         """See :class:`edgemoa.api.answers.Shape`."""
-        if not isinstance(event, Text):
-            return b""
-        return self._line(event.text, **_logprobs(event.logprobs or None))
+        match event:
+            case Text(text=text, logprobs=told):
+                return self._line(text, logprobs=_logprobs(told or None))
+            case Answered(calls=calls) if calls:
+                return self._line("", calls=_calls(event))
+            case _:
+                return b""
 
     def closing(self, answers: Sequence[Answered]) -> bytes:
         """See :class:`edgemoa.api.answers.Shape`."""
@@ -267,90 +335,154 @@ class Telling:
         """See :class:`edgemoa.api.answers.Shape`. Without an answer, only the model was loaded."""
         if not answers:
             return self._said("", done=True, done_reason="load")
-        more = _logprobs(told[0] if self.logprobs else None)
-        return self._said(answers[0].text, **more, **self._end(answers[0]))
+        return self._said(
+            answers[0].text,
+            calls=_calls(answers[0]),
+            logprobs=_logprobs(told[0] if self.logprobs else None),
+            **self._end(answers[0]),
+        )
 
     def _line(self, text: str, **more: Any) -> bytes:
         return encode(self._said(text, **more)) + b"\n"
 
-    def _said(self, text: str, *, done: bool = False, **more: Any) -> dict[str, Any]:
-        said: dict[str, Any] = {"model": self.model, "created_at": _time(self.created)}
+    def _said(
+        self, text: str, *, calls: list[ToolCallTold] | UnsetType = UNSET, **more: Any
+    ) -> ChatTold | GenerateTold:
+        more |= {"model": self.model, "created_at": _time(self.created)}
         if self.chat:
-            said["message"] = {"role": "assistant", "content": text}
-        else:
-            said["response"] = text
-        return said | {"done": done} | more
+            return ChatTold(message=TurnTold(content=text, tool_calls=calls), **more)
+        return GenerateTold(response=text, **more)
 
     def _end(self, answered: Answered) -> dict[str, Any]:
         reading_ms = answered.prefill_ms
         writing_ms = max(answered.work_ms - reading_ms, 1)  # which clients divide by
-        end = {
+        return {
             "done": True,
-            "done_reason": openai.finish_reason(answered),
+            "done_reason": "length" if chats.finish_reason(answered) == "length" else "stop",
             "total_duration": answered.total_ms * _NS_PER_MS,
             "load_duration": 0,
             "prompt_eval_count": answered.prompt_tokens,
             "prompt_eval_duration": reading_ms * _NS_PER_MS,
             "eval_count": answered.tokens,
             "eval_duration": writing_ms * _NS_PER_MS,
+            "edgemoa": answered if self.trace else UNSET,
         }
-        return end | ({"edgemoa": answered} if self.trace else {})
 
 
-def _logprobs(told: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-    return {} if told is None else {"logprobs": openai.logprobs(told).content}
+def _logprobs(told: Sequence[TokenLogprob] | None) -> list[ContentLogprob] | UnsetType:
+    return UNSET if told is None else chats.logprobs(told).content
 
 
-def embed_json(
-    model: str, vectors: Sequence[bytes], tokens: int, duration_ms: int
-) -> dict[str, Any]:
+def _calls(answered: Answered) -> list[ToolCallTold] | UnsetType:
+    if not answered.calls:
+        return UNSET
+    return [
+        ToolCallTold(Called(call.name, msgspec.Raw(call.arguments.encode())))
+        for call in answered.calls
+    ]
+
+
+class Embeddings(msgspec.Struct):
     """The answer to :class:`EmbedAsk`."""
-    return {
-        "model": model,
-        "embeddings": [numbers(vector) for vector in vectors],
-        "total_duration": duration_ms * _NS_PER_MS,
-        "load_duration": 0,
-        "prompt_eval_count": tokens,
-    }
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    prompt_eval_count: int
+    load_duration: int = 0
 
 
-def error_json(error: EdgemoaError) -> dict[str, Any]:
+class Embedding(msgspec.Struct):
+    """The answer to :class:`EmbeddingsAsk`."""
+
+    embedding: list[float]
+
+
+def embed_json(model: str, vectors: Sequence[bytes], tokens: int, duration_ms: int) -> Embeddings:
+    """The answer to :class:`EmbedAsk`."""
+    found = [numbers(vector) for vector in vectors]
+    return Embeddings(model, found, duration_ms * _NS_PER_MS, tokens)
+
+
+class Error(msgspec.Struct):
+    error: str
+    edgemoa: Refusal | UnsetType = UNSET
+
+
+def error_json(error: EdgemoaError) -> Error:
     """An error in Ollama's shape."""
-    return {"error": openai.sentence(error)}
+    return Error(openai.sentence(error), openai.refusal(error))
 
 
 # --- models
 
 
-def tags_json(card: Card) -> dict[str, Any]:
+class Details(msgspec.Struct):
+    parent_model: str
+    format: str
+    family: str
+    families: list[str]
+    parameter_size: str
+    quantization_level: str
+
+
+class Listed(msgspec.Struct):
+    """A model; the last three are of one that is loaded."""
+
+    name: str
+    model: str
+    modified_at: str
+    size: int
+    digest: str
+    details: Details
+    expires_at: str | UnsetType = UNSET
+    size_vram: int | UnsetType = UNSET
+    context_length: int | UnsetType = UNSET
+
+
+class Models(msgspec.Struct):
+    models: list[Listed]
+
+
+class Shown(msgspec.Struct):
+    """``POST /api/show``. The template stays on the board."""
+
+    modelfile: str
+    details: Details
+    model_info: dict[str, str | int]
+    capabilities: list[Literal["completion", "tools", "embedding"]]
+    modified_at: str
+    parameters: str = ""
+    template: str = ""
+    license: str = ""
+
+
+def tags_json(card: Card) -> Models:
     """``GET /api/tags``: the group, and this board's model alone."""
-    return {"models": [_listed(each) for each in (group_card(card), card)]}
+    return Models([_listed(each) for each in (group_card(card), card)])
 
 
-def ps_json(card: Card, context_tokens: int) -> dict[str, Any]:
+def ps_json(card: Card, context_tokens: int) -> Models:
     """``GET /api/ps``: the same, once the model is loaded. It stays, so its time has no end."""
-    cards = (group_card(card), card) if context_tokens else ()
-    more = {"expires_at": _NEVER, "size_vram": 0, "context_length": context_tokens}
-    return {"models": [_listed(each) | more for each in cards]}
+    models = tags_json(card) if context_tokens else Models([])
+    for each in models.models:
+        each.expires_at, each.size_vram, each.context_length = _NEVER, 0, context_tokens
+    return models
 
 
-def show_json(card: Card) -> dict[str, Any]:
+def show_json(card: Card) -> Shown:
     """``POST /api/show``."""
-    info: dict[str, Any] = {"general.architecture": card.architecture}
+    info: dict[str, str | int] = {"general.architecture": card.architecture}
     if card.parameters:
         info["general.parameter_count"] = card.parameters
     info[f"{card.architecture}.context_length"] = card.context_length
     info[f"{card.architecture}.block_count"] = card.layers
-    return {
-        "modelfile": f"FROM {card.name}\n",
-        "parameters": "",
-        "template": "",
-        "license": "",
-        "details": _details(card),
-        "model_info": info,
-        "capabilities": ["completion"],
-        "modified_at": _time(card.created),
-    }
+    can: list[Literal["completion", "tools", "embedding"]] = ["completion"]
+    if card.calls_tools:
+        can.append("tools")
+    if card.embeds:
+        can.append("embedding")
+    return Shown(f"FROM {card.name}\n", _details(card), info, can, _time(card.created))
 
 
 def group_card(card: Card) -> Card:
@@ -359,27 +491,20 @@ def group_card(card: Card) -> Card:
     return replace(card, name=openai.GROUP_MODEL, digest=digest)
 
 
-def _listed(card: Card) -> dict[str, Any]:
+def _listed(card: Card) -> Listed:
     name = card.name + _LATEST
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": _time(card.created),
-        "size": card.size_bytes,
-        "digest": card.digest,
-        "details": _details(card),
-    }
+    return Listed(name, name, _time(card.created), card.size_bytes, card.digest, _details(card))
 
 
-def _details(card: Card) -> dict[str, Any]:
-    return {
-        "parent_model": "",
-        "format": "onnx",
-        "family": card.architecture,
-        "families": [card.architecture],
-        "parameter_size": _size(card.parameters),
-        "quantization_level": card.quantization,
-    }
+def _details(card: Card) -> Details:
+    return Details(
+        parent_model="",
+        format="onnx",
+        family=card.architecture,
+        families=[card.architecture],
+        parameter_size=_size(card.parameters),
+        quantization_level=card.quantization,
+    )
 
 
 def _size(parameters: int) -> str:

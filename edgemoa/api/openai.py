@@ -1,6 +1,6 @@
-"""OpenAI's shapes: requests checked and understood, answers and errors put into words.
+"""OpenAI's shapes: requests checked and understood, errors and models put into words.
 
-Pure: no socket, no clock but the ``created`` argument. What a client sends is decoded straight
+Pure: no socket, no clock. What a client sends is decoded straight
 into bounded types; what edgemoa does not do is refused where ignoring it would change the answer.
 """
 
@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from edgemoa.api import turns
+from edgemoa.api.turns import Choice, Tool, Turn, to_json
 from edgemoa.core import limits
-from edgemoa.core.events import (
-    Accepted,
-    Answered,
-    RequestEvent,
-    Text,
-    TokenLogprob,
-    Wishes,
-)
-from edgemoa.core.messages import ChatMessage, Role, Sampling
+from edgemoa.core.events import Given, Wishes
+from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.errors import (
     EdgemoaError,
     InvalidPromptError,
@@ -41,19 +35,16 @@ _FORMS = (  # how llama.cpp and vLLM are told what form the answer has
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 _REFUSED = {
+    **dict.fromkeys(("functions", "function_call"), "use 'tools'"),
     "audio": "leave it out",
     **dict.fromkeys(_FORMS, "a JSON schema goes in 'response_format'"),
 }
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class Turn(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[Any] | None = None
+Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_StopText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop: TypeAlias = _StopText | Annotated[list[_StopText], Meta(max_length=8)]
+"""What ends a text, before itself."""
 
 
 class StreamOptions(msgspec.Struct):
@@ -117,8 +108,8 @@ class Asked(msgspec.Struct, kw_only=True, omit_defaults=True):
         | None
     ) = None
     response_format: ResponseFormat | None = None
-    seed: int | None = None
-    stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
     n: Annotated[int, Meta(ge=1, le=MAX_ANSWERS)] | None = None
     # Understood only as far as leaving them out would give another answer; see _REFUSED.
@@ -139,55 +130,50 @@ class ChatRequest(Asked, kw_only=True, omit_defaults=True):
     max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    functions: list[Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(min_length=1)] | None = None
+    functions: Any = None
+    function_call: Any = None
 
-    def conversation(self) -> tuple[ChatMessage, ...]:
-        """The turns as the core knows them.
+    def prompt(self) -> tuple[tuple[ChatMessage, ...], Given]:
+        """The turns as the core knows them, and how they are to be read.
 
-        :raises InvalidPromptError: empty, too large, or not ending with the user's turn.
+        :raises InvalidPromptError: empty, too large, or not ending with a turn to be answered.
         """
-        turns = []
-        for turn in self.messages:
-            if turn.role in ("tool", "function") or turn.tool_calls:
-                raise InvalidPromptError(
-                    "calls of tools and their results are not supported",
-                    hint="leave these turns out",
-                )
-            role: Role = "system" if turn.role == "developer" else turn.role  # type: ignore[assignment]
-            content = turn.content or ""
-            if isinstance(content, list):
-                content = "".join(part.text for part in content)
-            turns.append(ChatMessage(role, content))
-        if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
-            raise InvalidPromptError(
-                "the prompt is empty", hint="the last message must be the user's and say something"
-            )
-        size_bytes = sum(len(turn.content.encode()) for turn in turns)
-        if size_bytes > limits.MAX_PROMPT_BYTES:
-            raise InvalidPromptError(
-                f"the conversation has {size_bytes} bytes, more than {limits.MAX_PROMPT_BYTES}",
-                hint="send less of it",
-            )
-        return tuple(turns)
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return turns.conversation(self.messages, tools)
 
-    def plan(self, own_model: str, layers: int, proposers: int) -> tuple[int, int]:
+    def plan(
+        self, own_model: str, layers: int, proposers: int, *, alone: bool = False
+    ) -> tuple[int, int]:
         """(M, k) as asked for; ``layers`` and ``proposers`` are this board's configuration.
 
+        :param alone: whether only this board's own model can do it.
         :raises ModelNotFoundError: a model that is neither the group nor this board's own.
+        :raises UserError: a plan was asked for and cannot be had.
         """
-        named = plan_of(self.model, own_model)
-        layers, proposers = named if named is not None else (layers, proposers)
-        extra = self.edgemoa
+        named, extra = plan_of(self.model, own_model), self.edgemoa
+        asked = named
         if extra.plan is not None:
             if extra.layers is not None or extra.proposers is not None:
                 raise UserError("a plan is named, and its parts as well", hint="leave one out")
-            return _plan(extra.plan)
-        return (
-            layers if extra.layers is None else extra.layers,
-            proposers if extra.proposers is None else extra.proposers,
-        )
+            asked = _plan(extra.plan)
+        elif extra.layers is not None or extra.proposers is not None:
+            usual = named if named is not None else (layers, proposers)
+            asked = (
+                usual[0] if extra.layers is None else extra.layers,
+                usual[1] if extra.proposers is None else extra.proposers,
+            )
+        if not alone:
+            return asked if asked is not None else (layers, proposers)
+        if asked is not None and all(asked):
+            raise UserError(
+                "tools and bare texts are for this board's model alone, without proposals",
+                hint="leave the plan out",
+            )
+        return 0, 0
 
     def sampling(self, default_max_tokens: int, chance: int = 0) -> Sampling:
         """How the answer is to be written; greedy unless told otherwise.
@@ -195,17 +181,10 @@ class ChatRequest(Asked, kw_only=True, omit_defaults=True):
         :param chance: the seed for a request without one.
         :raises UserError: for what cannot be done.
         """
-        if (self.tools or self.functions) and self.tool_choice != "none":
-            raise UserError(
-                "this board's model cannot be told of tools",
-                hint="leave 'tools' out, or ask for JSON with 'response_format'",
-            )
         for name, hint in _REFUSED.items():
             if getattr(self, name):
                 raise UserError(f"'{name}' is not supported", hint=hint)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if any(not 0 < len(text) <= 256 for text in stop):
-            raise UserError("a stop string must have 1 to 256 characters", hint="see 'stop'")
         return Sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
             temperature=self.temperature or 0.0,
@@ -219,8 +198,9 @@ class ChatRequest(Asked, kw_only=True, omit_defaults=True):
             frequency_penalty=self.frequency_penalty or 0.0,
         )
 
-    def wishes(self, max_tokens: int) -> Wishes:
-        """What else the answer should be; ``max_tokens`` are those of its :meth:`sampling`.
+    def wishes(self, max_tokens: int, given: Given = "turns") -> Wishes:
+        """What else the answer should be; ``max_tokens`` are those of its :meth:`sampling`, and
+        ``given`` is what its :meth:`prompt` said.
 
         :raises UserError: for what cannot be done.
         """
@@ -234,8 +214,18 @@ class ChatRequest(Asked, kw_only=True, omit_defaults=True):
                 )
         elif self.top_logprobs:
             raise UserError("'top_logprobs' goes with 'logprobs'", hint='set "logprobs": true')
+        schema = self._schema()
+        parallel = self.parallel_tool_calls is not False
+        tools, call = turns.offered(self.tools or [], self.tool_choice, parallel=parallel)
+        if tools is not None and (schema or logprobs >= 0):
+            raise UserError(
+                f"tools and '{'response_format' if schema else 'logprobs'}' cannot go together",
+                hint='leave one of them out, or set "tool_choice": "none"',
+            )
         return Wishes(
-            schema=self._schema(),
+            schema=_bounded(call) or schema,
+            given=given,
+            tools=tools,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
         )
@@ -260,16 +250,24 @@ class ChatRequest(Asked, kw_only=True, omit_defaults=True):
             schema = form.json_schema.schema
         else:
             schema = form.schema or {"type": "object"}
-        try:
-            text = encode(schema).decode()
-        except (RecursionError, UnicodeError):
-            raise UserError("the JSON schema cannot be read", hint="check it") from None
-        if len(text.encode()) > limits.MAX_SCHEMA_BYTES:
-            raise UserError(
-                f"the JSON schema has more than {limits.MAX_SCHEMA_BYTES} bytes",
-                hint="use a smaller one",
-            )
-        return text
+        return _bounded(to_json(schema, "the JSON schema"))
+
+
+class BareRequest(ChatRequest, kw_only=True):
+    """One that asks how a text goes on: its one turn is read as it stands."""
+
+    def prompt(self) -> tuple[tuple[ChatMessage, ...], Given]:
+        """See :class:`ChatRequest`."""
+        return turns.bare("".join(turn.text for turn in self.messages))
+
+
+def _bounded(schema: str) -> str:
+    if len(schema.encode()) > limits.MAX_SCHEMA_BYTES:
+        raise UserError(
+            f"the JSON schema has more than {limits.MAX_SCHEMA_BYTES} bytes",
+            hint="use a smaller one",
+        )
+    return schema
 
 
 encode = msgspec.json.Encoder().encode
@@ -333,17 +331,34 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
 
 
-def digest(asks: Sequence[ChatRequest]) -> bytes:
-    """16 bytes that tell what is asked from all else, however the answer is sent."""
+def digest(path: str, asks: Sequence[ChatRequest]) -> bytes:
+    """16 bytes that tell what is asked from all else, however the answer is sent.
+
+    :raises UserError: see :func:`edgemoa.api.turns.to_json`.
+    """
     asked = [msgspec.structs.replace(ask, stream=False, stream_options=None) for ask in asks]
-    return hashlib.sha256(msgspec.json.encode(asked)).digest()[:16]
+    return hashlib.sha256(to_json([path, asked], "the request").encode()).digest()[:16]
 
 
 class ErrorBody(msgspec.Struct):
+    """``message`` says what is wrong and what to do; ``code`` is one of the README's table."""
+
     message: str
     type: str
     code: str
     param: None = None
+
+
+class Refusal(msgspec.Struct):
+    """Where a full board is the reason: how many are before, and when to come back."""
+
+    position: int
+    retry_after_s: int
+
+
+class Error(msgspec.Struct):
+    error: ErrorBody
+    edgemoa: Refusal | UnsetType = UNSET
 
 
 def sentence(error: EdgemoaError) -> str:
@@ -351,12 +366,18 @@ def sentence(error: EdgemoaError) -> str:
     return f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
 
 
-def error_json(error: EdgemoaError) -> dict[str, Any]:
+def error_json(error: EdgemoaError) -> Error:
     """An error in OpenAI's shape."""
-    told: dict[str, Any] = {"error": ErrorBody(sentence(error), error.kind, error.code)}
-    if isinstance(error, OverloadedError) and error.position:
-        told["edgemoa"] = {"position": error.position, "retry_after_s": error.retry_after_s}
+    told = Error(ErrorBody(sentence(error), error.kind, error.code))
+    told.edgemoa = refusal(error)
     return told
+
+
+def refusal(error: EdgemoaError) -> Refusal | UnsetType:
+    """What a full board says besides."""
+    if isinstance(error, OverloadedError) and error.position:
+        return Refusal(error.position, error.retry_after_s)
+    return UNSET
 
 
 def error_headers(error: EdgemoaError) -> dict[str, str]:
@@ -366,250 +387,23 @@ def error_headers(error: EdgemoaError) -> dict[str, str]:
     return {}
 
 
-class PromptDetails(msgspec.Struct):
-    cached_tokens: int = 0  # that this board need not read for this request
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails = msgspec.field(default_factory=PromptDetails)
-
-
-class Delta(msgspec.Struct, omit_defaults=True):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class TopLogprob(msgspec.Struct):
-    """``bytes`` because a token may be part of a character, for which ``token`` has U+FFFD."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ContentLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(msgspec.Struct):
-    content: list[ContentLogprob]
-    refusal: None = None
-
-
-class ChunkChoice(msgspec.Struct):
-    delta: Delta
-    finish_reason: str | None = None
-    index: int = 0
-    logprobs: Logprobs | None = None
-
-
-class Chunk(msgspec.Struct):
-    """One event of a stream. ``edgemoa`` is ours; clients pass over it."""
+class Model(msgspec.Struct):
+    """``GET /v1/models/ID``."""
 
     id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    object: str = "chat.completion.chunk"
-    usage: Usage | UnsetType | None = UNSET
-    edgemoa: RequestEvent | Sequence[RequestEvent] | UnsetType = UNSET
+    created: int = 0
+    object: Literal["model"] = "model"
+    owned_by: str = "edgemoa"
 
 
-def usage(*answers: Answered, each: int = 1) -> Usage:
-    """OpenAI's token counts: the user's prompt and the answer, whatever the boards read besides.
-    Where one prompt has several answers, so many follow ``each`` other, it counts once.
+class Models(msgspec.Struct):
+    """``GET /v1/models``."""
 
-    Cached is what of the user's prompt this board knew before its first job for it: its own
-    proposal, or the answer. What each job read and found is in ``edgemoa``.
-    """
-    prompt = sum(answered.prompt_tokens for answered in answers[::each])
-    tokens = sum(answered.tokens for answered in answers)
-    return Usage(prompt, tokens, prompt + tokens, PromptDetails(sum(map(_cached, answers[::each]))))
+    data: list[Model]
+    object: Literal["list"] = "list"
 
 
-def _cached(answered: Answered) -> int:
-    first = next((p for p in answered.proposals if p.own and p.layer == 1), answered)
-    return min(first.cached_tokens, answered.prompt_tokens)
-
-
-def finish_reason(answered: Answered) -> str:
-    """OpenAI's word for how the text ended; a deadline cut it like a length does."""
-    return "stop" if answered.finish == "stop" else "length"
-
-
-def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
-    """The probabilities of an answer's tokens, or of a piece's."""
-    return Logprobs(
-        [
-            ContentLogprob(
-                each.token.decode(errors="replace"),
-                each.logprob,
-                list(each.token),
-                [TopLogprob(t.decode(errors="replace"), p, list(t)) for t, p in each.top],
-            )
-            for each in tokens
-        ]
-    )
-
-
-def completion(
-    request_id: str,
-    created: int,
-    model: str,
-    *answers: Answered,
-    told: Sequence[Iterable[TokenLogprob]] | None = None,
-    trace: bool = True,
-) -> dict[str, Any]:
-    """The answers to a prompt, whole; ``told`` are their logprobs, if asked for."""
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": answered.text},
-            "logprobs": None if told is None else logprobs(told[index]),
-            "finish_reason": finish_reason(answered),
-        }
-        for index, answered in enumerate(answers)
-    ]
-    whole = {
-        "id": request_id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": choices,
-        "usage": usage(*answers, each=len(answers)),
-    }
-    return whole | ({"edgemoa": traced(answers)} if trace else {})
-
-
-def traced(answers: Sequence[Answered]) -> Answered | Sequence[Answered]:
-    """How it came about: of one answer, or of each."""
-    return answers[0] if len(answers) == 1 else answers
-
-
-@dataclass(slots=True)
-class Telling:
-    """How answers are told that were asked for in one of OpenAI's shapes: what both have in common.
-
-    :param usage: whether a stream ends with the tokens that were counted.
-    :param trace: see :class:`Extra`.
-    """
-
-    id: str
-    created: int
-    model: str
-    stream: bool = False
-    events: bool = False
-    usage: bool = False
-    trace: bool | None = None
-    logprobs: bool = False
-    answers: int = 1
-    each: int = 1  # to each prompt
-
-    content_type = "text/event-stream"
-    alive = b": working\n\n"
-
-    @classmethod
-    def of(cls, ask: Asked, logprobs: bool, prompts: int = 1) -> Self:
-        """As it was asked for; whose answer it is, is not known yet.
-
-        :raises UserError: it cannot be told so.
-        """
-        options, extra, each = ask.stream_options, ask.edgemoa, ask.n or 1
-        if prompts * each > MAX_ANSWERS:
-            raise UserError(
-                f"{prompts * each} answers are too many for one request",
-                hint=f"at most {MAX_ANSWERS}",
-            )
-        if extra.events and prompts * each > 1:
-            raise UserError("'events' are those of a single answer", hint="leave 'n' out")
-        return cls(
-            id="",
-            created=0,
-            model=ask.model,
-            stream=bool(ask.stream),
-            events=extra.events,
-            usage=extra.events or (options is not None and options.include_usage),
-            trace=extra.trace,
-            logprobs=logprobs,
-            answers=prompts * each,
-            each=each,
-        )
-
-    def ending(self, answers: Sequence[Answered]) -> dict[str, Any]:
-        """What a stream says beyond the answers."""
-        more: dict[str, Any] = {}
-        if self.usage:
-            more["usage"] = usage(*answers, each=self.each)
-        if self.usage if self.trace is None else self.trace:
-            more["edgemoa"] = traced(answers)
-        return more
-
-    def failed(self, error: EdgemoaError) -> bytes:
-        """See :class:`edgemoa.api.answers.Shape`."""
-        return sse(encode(error_json(error)))
-
-
-class ChatTelling(Telling):
-    """Answers as chat completions."""
-
-    __slots__ = ()
-
-    def opening(self) -> bytes:
-        """See :class:`edgemoa.api.answers.Shape`."""
-        begin = Delta(role="assistant", content="")
-        return b"".join(self._chunk(ChunkChoice(begin, index=i)) for i in range(self.answers))
-
-    def event(self, index: int, event: RequestEvent) -> bytes:
-        """See :class:`edgemoa.api.answers.Shape`."""
-        match event:
-            case Text(text=text, logprobs=told):
-                choice = ChunkChoice(Delta(content=text), index=index)
-                if told:
-                    choice.logprobs = logprobs(told)
-                return self._chunk(choice)
-            case Answered():
-                return self._chunk(ChunkChoice(Delta(), finish_reason(event), index))
-            case _ if self.events:
-                return self._chunk(edgemoa=event)
-            case Accepted():
-                return b""
-            case _:
-                return self.alive
-
-    def closing(self, answers: Sequence[Answered]) -> bytes:
-        """See :class:`edgemoa.api.answers.Shape`."""
-        more = self.ending(answers)
-        return (self._chunk(**more) if more else b"") + sse(b"[DONE]")
-
-    def whole(self, answers: Sequence[Answered], told: Sequence[Sequence[TokenLogprob]]) -> Any:
-        """See :class:`edgemoa.api.answers.Shape`."""
-        return completion(
-            self.id,
-            self.created,
-            self.model,
-            *answers,
-            told=told if self.logprobs else None,
-            trace=self.trace is not False,
-        )
-
-    def _chunk(self, *choices: ChunkChoice, **more: Any) -> bytes:
-        return sse(encode(Chunk(self.id, self.created, self.model, list(choices), **more)))
-
-
-def sse(data: bytes) -> bytes:
-    """One server-sent event."""
-    return b"data: " + data + b"\n\n"
-
-
-def model_json(name: str, created: int = 0) -> dict[str, Any]:
-    """A model, for ``GET /v1/models/ID``."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "edgemoa"}
-
-
-def models_json(own_model: str, created: int = 0) -> dict[str, Any]:
-    """``GET /v1/models``: the group, and this board's model alone."""
+def models(own_model: str, created: int = 0) -> Models:
+    """The group, and this board's model alone."""
     names = [GROUP_MODEL, own_model] if own_model else [GROUP_MODEL]
-    return {"object": "list", "data": [model_json(name, created) for name in names]}
+    return Models([Model(name, created) for name in names])

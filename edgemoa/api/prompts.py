@@ -11,6 +11,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
@@ -19,20 +20,46 @@ from aiohttp import web
 from edgemoa.api import completions, embeddings, ollama, openai, requests
 from edgemoa.api.answers import Events, Shape, encode, json_response, tell
 from edgemoa.api.arrivals import Arrivals, Place, peer
+from edgemoa.api.chats import ChatTelling, Completion
+from edgemoa.api.completions import TextChunk
+from edgemoa.api.requests import Ticketed
+from edgemoa.api.routes import JSON, Parameter, Route, Told, ok
 from edgemoa.api.service import Service, failure
 from edgemoa.core.events import Answered, Failed, Request
 from edgemoa.core.messages import ChatMessage
 from edgemoa.desk import Prompt, Ticket
 from edgemoa.errors import (
+    BoardError,
+    ConflictError,
+    DeadlineError,
+    DiskFullError,
+    EngineError,
     InvalidPromptError,
+    ModelInvalidError,
+    ModelNotFoundError,
     NotFoundError,
     OverloadedError,
     PromptTooLongError,
+    SchemaError,
+    StateError,
     UserError,
 )
 
 MAX_EMBEDDING: Final = 4  # requests for vectors at a time
 _MS_PER_S: Final = 1000
+_EVENTS: Final = "text/event-stream"
+_NDJSON: Final = "application/x-ndjson"
+_EACH: Final = "The answer; streamed, events whose data is a `{}`, and `[DONE]`"
+_LINES: Final = "The answer; streamed, a line for each piece of it"
+_PROMPT_ERRORS: Final = (
+    *(UserError, InvalidPromptError, PromptTooLongError, SchemaError, ModelNotFoundError),
+    *(ConflictError, OverloadedError, EngineError, BoardError, StateError),
+    *(DeadlineError, DiskFullError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value),
+)
+_EMBED_ERRORS: Final = (
+    *(UserError, InvalidPromptError, PromptTooLongError, ModelInvalidError, ModelNotFoundError),
+    *(OverloadedError, EngineError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value),
+)
 _HELLO: Final = (ChatMessage("user", "Hello"),)
 
 T = TypeVar("T")
@@ -64,20 +91,132 @@ class Prompts:
         """Nothing more is asked."""
         self._arrivals.stop()
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         """The routes, to be added to an application."""
+        key = Parameter(
+            "Idempotency-Key",
+            "header",
+            "what the client calls its prompt: the same is not answered twice",
+            {"type": "string", "maxLength": requests.MAX_KEY_CHARS, "pattern": "^[ -~]*$"},
+        )
+        one = Parameter("id", "path", "of the request", {"type": "string", "minLength": 1})
         return [
-            web.post("/v1/chat/completions", self._chat),
-            web.post("/v1/completions", self._complete),
-            web.post("/v1/embeddings", self._embeddings),
-            web.post(requests.PATH, self._leave),
-            web.get(requests.PATH, self._unfinished),
-            web.get(requests.PATH + "/{id}", self._find, allow_head=False),
-            web.delete(requests.PATH + "/{id}", self._forget),
-            web.post("/api/chat", self._ollama_chat),
-            web.post("/api/generate", self._ollama_generate),
-            web.post("/api/embed", self._ollama_embed),
-            web.post("/api/embeddings", self._ollama_embeddings),
+            Route(
+                method="POST",
+                path="/v1/chat/completions",
+                handler=self._chat,
+                about="An answer to a conversation, whole or streamed",
+                asks=openai.ChatRequest,
+                told={200: Told(_EACH.format("Chunk"), {JSON: Completion, _EVENTS: None})},
+                parameters=[key],
+                errors=_PROMPT_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path="/v1/completions",
+                handler=self._complete,
+                about="How a text goes on",
+                asks=completions.CompletionRequest,
+                told={200: Told(_EACH.format("TextChunk"), {JSON: TextChunk, _EVENTS: None})},
+                parameters=[key],
+                errors=_PROMPT_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path="/v1/embeddings",
+                handler=self._embeddings,
+                about="Texts as vectors, by this board's own model",
+                asks=embeddings.EmbeddingRequest,
+                told=ok("The vectors", embeddings.Embeddings),
+                errors=_EMBED_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path=requests.PATH,
+                handler=self._leave,
+                about="Leave a prompt, and come back for its answer",
+                asks=openai.ChatRequest,
+                told={202: Told("Accepted", {JSON: Ticketed}, {"Location": "where it is"})},
+                parameters=[key],
+                errors=_PROMPT_ERRORS,
+            ),
+            Route(
+                method="GET",
+                path=requests.PATH,
+                handler=self._unfinished,
+                about="Your prompts that have no outcome yet",
+                told=ok("The prompts, the oldest first", requests.Unfinished),
+            ),
+            Route(
+                method="GET",
+                path=requests.PATH + "/{id}",
+                handler=self._find,
+                about="How a prompt stands; its answer",
+                told={
+                    200: Told(
+                        _EACH.format("Chunk"),
+                        {JSON: Ticketed, _EVENTS: None},
+                        {"Location": "where it is"},
+                    )
+                },
+                parameters=[
+                    one,
+                    Parameter(
+                        "wait",
+                        "query",
+                        f"seconds to wait for the end, {requests.MAX_WAIT_S} at most",
+                        {"type": "integer", "minimum": 0, "maximum": 99_999},
+                    ),
+                ],
+                errors=(UserError, NotFoundError),
+            ),
+            Route(
+                method="DELETE",
+                path=requests.PATH + "/{id}",
+                handler=self._forget,
+                about="Take a prompt back, or have its answer deleted",
+                told=ok("It is gone", requests.Deleted),
+                parameters=[one],
+                errors=(NotFoundError,),
+            ),
+            Route(
+                method="POST",
+                path="/api/chat",
+                handler=self._ollama_chat,
+                about="An answer to a conversation, in lines of JSON or whole",
+                asks=ollama.ChatAsk,
+                told={200: Told(_LINES, {JSON: ollama.ChatTold, _NDJSON: None})},
+                parameters=[key],
+                errors=_PROMPT_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path="/api/generate",
+                handler=self._ollama_generate,
+                about="An answer to a prompt, in lines of JSON or whole",
+                asks=ollama.GenerateAsk,
+                told={200: Told(_LINES, {JSON: ollama.GenerateTold, _NDJSON: None})},
+                parameters=[key],
+                errors=_PROMPT_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path="/api/embed",
+                handler=self._ollama_embed,
+                about="Texts as vectors",
+                asks=ollama.EmbedAsk,
+                told=ok("The vectors", ollama.Embeddings),
+                errors=_EMBED_ERRORS,
+            ),
+            Route(
+                method="POST",
+                path="/api/embeddings",
+                handler=self._ollama_embeddings,
+                about="A text as a vector",
+                asks=ollama.EmbeddingsAsk,
+                told=ok("The vector", ollama.Embedding),
+                errors=_EMBED_ERRORS,
+            ),
         ]
 
     # --- OpenAI's shapes
@@ -85,14 +224,14 @@ class Prompts:
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         def read(body: bytes) -> tuple[list[openai.ChatRequest], _Named]:
             ask = openai.decode(body, openai.chat_decoder)
-            return [ask], openai.ChatTelling.of(ask, bool(ask.logprobs))
+            return [ask], ChatTelling.of(ask, bool(ask.logprobs))
 
         return await self._answer(http, read)
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         def read(body: bytes) -> tuple[list[openai.ChatRequest], _Named]:
             ask = openai.decode(body, completions.decoder)
-            asks = ask.asks()
+            asks = ask.asks(self._service.own_model()[0])
             return asks, completions.TextTelling.of(ask, ask.logprobs is not None, len(asks))
 
         return await self._answer(http, read)
@@ -139,9 +278,8 @@ class Prompts:
     async def _ollama_embeddings(self, http: web.Request) -> web.Response:
         ask = await self._read(http, ollama.embeddings_decoder)
         vectors, _ = await self._embed(ollama.name_of(ask.model), ask.prompt or [], None)
-        return json_response(
-            {"embedding": [number for each in vectors for number in embeddings.numbers(each)]}
-        )
+        found = [number for each in vectors for number in embeddings.numbers(each)]
+        return json_response(ollama.Embedding(found))
 
     # --- prompts that are left
 
@@ -152,7 +290,7 @@ class Prompts:
             ask = openai.decode(body, openai.chat_decoder)
             if (ask.n or 1) > 1:
                 raise UserError("a prompt that is left has one answer", hint="leave 'n' out")
-            return [ask], openai.ChatTelling.of(ask, logprobs=False)
+            return [ask], ChatTelling.of(ask, logprobs=False)
 
         with self._arrivals.place() as place:
             _, (prompt,) = await self._arrive(http, place, read, holds=False)
@@ -164,7 +302,7 @@ class Prompts:
 
     async def _unfinished(self, http: web.Request) -> web.Response:
         tickets = self._service.unfinished(peer(http)[0])
-        return json_response({"object": "list", "data": [requests.ticket_json(t) for t in tickets]})
+        return json_response(requests.Unfinished([requests.ticket_json(t) for t in tickets]))
 
     async def _find(self, http: web.Request) -> web.StreamResponse:
         """How a prompt stands; with ``?wait=`` not before its end, or so many seconds; or all that
@@ -176,7 +314,7 @@ class Prompts:
                 "no such request here", hint="it was deleted, its time is over, or it is another's"
             )
         if requests.wants_events(http):
-            shape = openai.ChatTelling(
+            shape = ChatTelling(
                 request_id, ticket.created, ticket.model, stream=True, events=True, usage=True
             )
             follow = self._service.follow(request_id, owner)
@@ -200,7 +338,7 @@ class Prompts:
         request_id = http.match_info["id"]
         if not await self._service.forget(request_id, peer(http)[0]):
             raise NotFoundError("no such request here")
-        return json_response({"id": request_id, "object": "edgemoa.request", "deleted": True})
+        return json_response(requests.Deleted(request_id))
 
     # --- what they share
 
@@ -232,7 +370,7 @@ class Prompts:
             raise failure(refusal)  # before anything is read
         (owner, client), key = peer(http), requests.idempotency_key(http)
         asks, shape = read(await self._arrivals.read(http, place))
-        digest = openai.digest(asks) if key else b""
+        digest = openai.digest(http.path, asks) if key else b""
         prompts: list[Prompt] = []
         for ask in asks:
             request = await self._request(ask, client)
@@ -254,12 +392,14 @@ class Prompts:
             return openai.decode(await self._arrivals.read(http, place), decoder)
 
     async def _request(self, ask: openai.ChatRequest, client: str) -> Request:
+        own_model = self._service.own_model()[0]
         layers, proposers, max_tokens, deadline_ms = self._service.plan()
-        layers, proposers = ask.plan(self._service.own_model()[0], layers, proposers)
+        openai.plan_of(ask.model, own_model)  # the first thing to be told: no such model
+        messages, given = ask.prompt()
+        layers, proposers = ask.plan(own_model, layers, proposers, alone=given != "turns")
         sampling = ask.sampling(max_tokens, secrets.randbits(31))
-        wishes = ask.wishes(sampling.max_tokens)
-        messages = ask.conversation()
-        prompt_tokens = await self._arrivals.measure(messages, wishes.schema)
+        wishes = ask.wishes(sampling.max_tokens, given)
+        prompt_tokens = await self._arrivals.measure(messages, wishes.schema, given)
         context_tokens = self._service.own_model()[1]  # known by now, even at the first start
         if prompt_tokens >= context_tokens:
             raise PromptTooLongError(

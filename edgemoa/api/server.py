@@ -15,24 +15,29 @@ import re
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
 from edgemoa.api import catalog, doors, metrics, ollama, openai
-from edgemoa.api.answers import json_response
+from edgemoa.api.answers import encode, json_response
 from edgemoa.api.arrivals import OWNER
 from edgemoa.api.doors import Door
-from edgemoa.api.gate import Gate, routes
+from edgemoa.api.gate import Gate
+from edgemoa.api.gate import routes as gate_routes
 from edgemoa.api.prompts import Prompts
-from edgemoa.api.service import Service
+from edgemoa.api.routes import JSON, Parameter, Route, Told, document, ok
+from edgemoa.api.service import Devices, PeerModels, Service, Status
 from edgemoa.core import envelope, limits
 from edgemoa.core.messages import BoardId
 from edgemoa.errors import (
     AddressInUseError,
     ConfigError,
     EdgemoaError,
+    NetworkError,
+    NotFoundError,
     PeerError,
     StateError,
     UserError,
@@ -49,8 +54,10 @@ _OPEN: Final = frozenset({"/", "/healthz", "/readyz"})  # tell nothing, and need
 MAX_OFFSET: Final = 2**48  # that boards may name to each other
 
 _FILE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # as boards may name one
-_PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id:[0-9a-f]{64}}"
-_PEER_FILE: Final = _PEER_MODEL + "/{file:[^/]{1,128}}"
+_MODEL_ID: Final = re.compile(r"[0-9a-f]{64}")
+_PEER_MODEL: Final = "/v1/peers/{board}/models/{model_id}"
+_BYTES: Final = "application/octet-stream"
+DOCUMENT: Final = "/openapi.json"
 
 
 class Api:
@@ -91,18 +98,7 @@ class Api:
         :raises ConfigError, StateError: the path cannot be used.
         """
         app = web.Application(middlewares=[self._guard], client_max_size=limits.MAX_BODY_BYTES)
-        app.router.add_routes(self._prompts.routes())
-        app.router.add_routes(catalog.routes(self._service))
-        app.router.add_get("/v1/status", self._status)
-        app.router.add_get("/v1/devices", self._devices)
-        app.router.add_get("/v1/peers/models", self._peer_models)
-        app.router.add_get(_PEER_MODEL, self._peer_manifest)
-        app.router.add_get(_PEER_FILE, self._peer_file, allow_head=False)
-        if self._gate is not None:
-            app.router.add_routes(routes(self._gate))
-        app.router.add_get("/healthz", self._health)
-        app.router.add_get("/readyz", self._ready)
-        app.router.add_get("/metrics", self._metrics)
+        app.router.add_routes([route.served() for route in self.routes()])
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -122,6 +118,124 @@ class Api:
         if self._door is not None:
             await self._listen_tcp(self._door)
         self._watching = loop.call_later(SILENT_S / 2, self._end_silent)
+
+    def routes(self) -> list[Route]:
+        """All that is served."""
+        found = [
+            *self._prompts.routes(),
+            *catalog.routes(self._service),
+            *self._board_routes(),
+            *(gate_routes(self._gate) if self._gate is not None else ()),
+        ]
+
+        async def described(_: web.Request) -> web.Response:
+            return web.Response(body=text, content_type=JSON)
+
+        about = "This document"
+        told = {200: Told(about, {JSON: dict[str, Any]})}
+        found.append(Route(method="GET", path=DOCUMENT, handler=described, about=about, told=told))
+        text = encode(document(found))
+        return found
+
+    def _board_routes(self) -> list[Route]:
+        text: dict[str, Any] = {"text/plain": None}
+        board = Parameter(
+            "board", "path", "its id, as in `edgemoa devices`", {"type": "string", "minLength": 1}
+        )
+        model = Parameter(
+            "model_id",
+            "path",
+            "SHA-256 of the model",
+            {"type": "string", "pattern": f"^{_MODEL_ID.pattern}$"},
+        )
+        return [
+            Route(
+                method="GET",
+                path="/v1/status",
+                handler=self._status,
+                about="Queue, bounds, peers, counters, engine and its speed",
+                told=ok("The board's state", Status),
+                head=True,
+            ),
+            Route(
+                method="GET",
+                path="/v1/devices",
+                handler=self._devices,
+                about="Every board that is paired, or was seen and is not",
+                told=ok("The boards", Devices),
+                head=True,
+            ),
+            Route(
+                method="GET",
+                path="/v1/peers/models",
+                handler=self._peer_models,
+                about="Which models paired boards lend",
+                told=ok("The models, by board", PeerModels),
+            ),
+            Route(
+                method="GET",
+                path=_PEER_MODEL,
+                handler=self._peer_manifest,
+                about="What a lent model is made of",
+                told=ok("Its manifest, as that board sends it", dict[str, Any]),
+                parameters=[board, model],
+                errors=(UserError, NotFoundError, NetworkError, PeerError),
+            ),
+            Route(
+                method="GET",
+                path=_PEER_MODEL + "/{file}",
+                handler=self._peer_file,
+                about="A file of a lent model",
+                told={
+                    200: Told("All of it", {_BYTES: None}),
+                    206: Told("From there on", {_BYTES: None}, {"Content-Range": "which part"}),
+                },
+                parameters=[
+                    board,
+                    model,
+                    Parameter(
+                        "file",
+                        "path",
+                        "its name",
+                        {"type": "string", "pattern": f"^{_FILE.pattern}$"},
+                    ),
+                    Parameter(
+                        "Range",
+                        "header",
+                        "from which byte on",
+                        {"type": "string", "pattern": "^bytes=[0-9]{1,15}-$"},
+                    ),
+                ],
+                errors=(
+                    *(UserError, NotFoundError, NetworkError, PeerError),
+                    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE.value,
+                ),
+            ),
+            Route(
+                method="GET",
+                path="/healthz",
+                handler=self._health,
+                about="Whether the daemon lives",
+                told={200: Told("It does", text)},
+                head=True,
+            ),
+            Route(
+                method="GET",
+                path="/readyz",
+                handler=self._ready,
+                about="Whether it takes prompts",
+                told={200: Told("It does", text), 503: Told("Why not", text)},
+                head=True,
+            ),
+            Route(
+                method="GET",
+                path="/metrics",
+                handler=self._metrics,
+                about="The board's state, for Prometheus",
+                told={200: Told("In its text format", text)},
+                head=True,
+            ),
+        ]
 
     async def _listen_tcp(self, door: Door) -> None:
         loop = asyncio.get_running_loop()
@@ -210,7 +324,7 @@ class Api:
             return _error(request, UserError(text, hint="send less"), 413)
         except web.HTTPException as error:
             refused = UserError(f"{request.method} {request.path}: {error.reason}")
-            return _error(request, refused, error.status)
+            return _error(request, refused, error.status, error.headers.get("Allow"))
         except web.RequestPayloadError:
             refused = UserError("the request's body cannot be read", hint="is it encoded?")
             return _error(request, refused)
@@ -241,7 +355,7 @@ class Api:
         return json_response(self._service.status())
 
     async def _devices(self, _: web.Request) -> web.Response:
-        return json_response({"devices": self._service.devices()})
+        return json_response(Devices(self._service.devices()))
 
     async def _peer_models(self, _: web.Request) -> web.Response:
         return json_response(await self._service.peer_models())
@@ -261,7 +375,7 @@ class Api:
         async with self._service.peer_file(board, model_id, file, offset) as (length, pieces):
             if offset and not length:
                 raise web.HTTPRequestRangeNotSatisfiable
-            response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+            response = web.StreamResponse(headers={"Content-Type": _BYTES})
             response.content_length = length
             if offset:
                 end = offset + length
@@ -309,7 +423,10 @@ def _peer_model(http: web.Request) -> tuple[BoardId, str]:
         board = envelope.check_board_id(http.match_info["board"])
     except PeerError as error:
         raise UserError(str(error), hint="see `edgemoa devices`") from None
-    return board, http.match_info["model_id"]
+    model_id = http.match_info["model_id"]
+    if not _MODEL_ID.fullmatch(model_id):
+        raise NotFoundError("no model has that id", hint="see /v1/peers/models")
+    return board, model_id
 
 
 def _offset(http: web.Request) -> int:
@@ -325,10 +442,12 @@ def _offset(http: web.Request) -> int:
     return offset
 
 
-def _error(http: web.Request, error: EdgemoaError, status: int = 0) -> web.Response:
-    """An error, in the shape of the one who asks."""
+def _error(
+    http: web.Request, error: EdgemoaError, status: int = 0, allow: str | None = None
+) -> web.Response:
+    """An error, in the shape of the one who asks; ``allow`` are methods that would do."""
     shape = ollama if http.path.startswith("/api/") else openai
-    headers = openai.error_headers(error)
+    headers = openai.error_headers(error) | ({"Allow": allow} if allow else {})
     return json_response(shape.error_json(error), status or error.http_status, headers)
 
 

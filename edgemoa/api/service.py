@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
-from edgemoa.core.events import Failed, RequestEvent
+import msgspec
+
+from edgemoa.core.events import Failed, Given, RequestEvent
+from edgemoa.core.membership import Presence
 from edgemoa.core.messages import BoardId, ChatMessage
+from edgemoa.core.status import NodeStatus
 from edgemoa.desk import Prompt, Ticket
 from edgemoa.errors import (
     BoardError,
@@ -39,6 +43,74 @@ class Card:
     quantization: str = ""
     context_length: int = 0
     layers: int = 0
+    calls_tools: bool = False  # as far as is known: once it has been loaded
+    embeds: bool = False
+
+
+class Device(TypedDict):
+    """A board that is known: paired, or seen and not paired. The last five are of one that is
+    paired and has been heard of."""
+
+    id: BoardId
+    name: str
+    state: Literal["paired", "pending", "revoked"]
+    address: str
+    linked: bool
+    last_seen_age_ms: int | None
+    detail: str
+    presence: NotRequired[Presence]
+    model: NotRequired[str]
+    utilisation: NotRequired[float]
+    waiting: NotRequired[int]
+    expected_wait_ms: NotRequired[int]
+
+
+class Devices(msgspec.Struct):
+    devices: list[Device]
+
+
+class EngineStatus(TypedDict):
+    """Of the model's process: why there is none, and why it is not as was asked for."""
+
+    pid: int | None
+    restarts: int
+    trouble: str
+    note: str
+
+
+class Status(NodeStatus, kw_only=True, frozen=True):
+    """The state of a board."""
+
+    engine: EngineStatus
+    pid: int
+    backlog: int  # prompts from before a restart
+    port: int
+    lent_bytes: int
+    loop_lag_ms_max: float
+
+
+class LentModel(TypedDict):
+    name: str
+    model_id: str
+    size_bytes: int
+    quantization: str
+    parameters: int
+
+
+class Lender(TypedDict):
+    """A paired board and the models that it lends, or why none are known."""
+
+    id: BoardId
+    name: str
+    models: list[LentModel]
+    detail: str
+
+
+class PeerModels(TypedDict):
+    """What paired boards lend, and where this board keeps its own models."""
+
+    models_dir: str
+    boards: list[Lender]
 
 
 class Vector(NamedTuple):
@@ -63,9 +135,10 @@ class Service(Protocol):
     def refusal(self) -> Failed | None:
         """Why a prompt that comes now is refused unread, which counts; None if it may come in."""
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """How many tokens the model counts.
 
+        :raises InvalidPromptError: it cannot read that.
         :raises EngineError: the model is not there now.
         """
 
@@ -107,10 +180,10 @@ class Service(Protocol):
     def status(self) -> dict[str, Any]:
         """The board's state, for people and scripts."""
 
-    def devices(self) -> list[dict[str, Any]]:
+    def devices(self) -> list[Device]:
         """Every board known: paired, or seen and not paired."""
 
-    async def peer_models(self) -> dict[str, Any]:
+    async def peer_models(self) -> PeerModels:
         """What paired boards lend, and where this board keeps its own models."""
 
     async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:

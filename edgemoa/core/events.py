@@ -123,6 +123,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     threads: int = 0
     budget_tokens: int = 0  # that all jobs together may hold, prompts kept for later included
     reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
+    calls_tools: bool = False  # whether the model was taught to
+    embeds: bool = False  # whether it makes vectors of texts
 
 
 class WorkDone(msgspec.Struct, frozen=True):

@@ -528,6 +528,8 @@ class Engine:
                 threads=self._threads,
                 budget_tokens=ready.budget_tokens,
                 reads_ahead=ready.reads_ahead,
+                calls_tools=ready.calls_tools,
+                embeds=ready.embeds,
             )
         )
 

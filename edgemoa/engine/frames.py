@@ -117,6 +117,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     budget_tokens: Count = 0  # that all jobs together may hold
     reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
     tuning: Tuning | None = None  # where it was asked to tune first
+    calls_tools: bool = False  # whether the model was taught to
+    embeds: bool = False  # whether :class:`Embed` is of any use
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):

@@ -40,6 +40,7 @@ class GenaiBackend:
     name = "genai"
     slots = 1
     reads_ahead = False  # a prompt begins with an empty memory
+    embeds = False
     guess_cost = 1.0  # nothing is guessed
     has_to_read = False
 
@@ -55,6 +56,11 @@ class GenaiBackend:
         self._generator: Any = None
         self._unfed: list[int] = []  # what the model has not seen yet
         self._fed = 0  # tokens that it has
+
+    @property
+    def calls_tools(self) -> bool:
+        """See :class:`~edgemoa.engine.worker.Backend`."""
+        return self._reader.call_form is not None
 
     def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""

@@ -129,6 +129,7 @@ class SlotsBackend:
 
     name = "slots"
     reads_ahead = True
+    embeds = True
 
     def __init__(
         self, graph: Graph, reader: Reader, slots: int, budget_tokens: int, *, ends_loops: bool
@@ -149,6 +150,11 @@ class SlotsBackend:
         self._given = 0  # prompts so far
         self._owed_s = 0.0  # that jobs which write have waited for what is read ahead
         self.meter = Meter()
+
+    @property
+    def calls_tools(self) -> bool:
+        """See :class:`~edgemoa.engine.worker.Backend`."""
+        return self._reader.call_form is not None
 
     def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""

@@ -88,6 +88,14 @@ class Backend(Protocol):
     def has_to_read(self) -> bool:
         """Whether :meth:`step` has something to do without jobs."""
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the model was taught to call tools."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it takes :class:`~edgemoa.engine.frames.Embed`."""
+
     def read_ahead(self, key: str, messages: tuple[ChatMessage, ...]) -> None:
         """Have :meth:`step` read what a prompt will begin with, of which the last message goes on;
         nothing where it would be at the cost of a job. Replaces what was to be read under the same
@@ -232,6 +240,8 @@ def main() -> None:
             backend.budget_tokens,
             backend.reads_ahead,
             tuning,
+            backend.calls_tools,
+            backend.embeds,
         )
         pipe.send([ready])
         Worker(backend, pipe).serve()

@@ -409,7 +409,7 @@ def _strftime_now(form: str) -> str:
 def main() -> int:
     """The child of :func:`check_template`."""
     try:
-        ChatTemplate(*json.load(sys.stdin))
+        ChatTemplate(*json.load(sys.stdin)).call_form(lambda text: text)
     except ModelInvalidError as error:
         sys.stdout.write(json.dumps([str(error), error.hint]))
         return 1

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import test_server
 from test_server import CARD, RECORD, ScriptedBoard, answered, body
@@ -35,9 +36,13 @@ from edgemoa.core.events import (
     RequestEvent,
     Text,
     TokenLogprob,
+    ToolCall,
+    Tools,
+    Wishes,
 )
 from edgemoa.core.messages import ChatMessage
 from edgemoa.desk import Prompt
+from edgemoa.engine.guidance import check_schema
 
 path = test_server.path  # the fixture
 CHAT, TEXT, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -263,6 +268,140 @@ def test_where_tokens_stand_in_a_text() -> None:
     assert len(told.text_offset) == 5
 
 
+def test_the_boards_own_model_goes_on_with_a_text_as_it_stands(path: Path, board: Board) -> None:
+    assert post(path, TEXT, {"model": "tiny", "prompt": [" Once", "\n"], "n": 2})[0] == 200
+    asked = ask("", model="tiny:latest", raw=True, stream=False)
+    assert post(path, "/api/generate", asked)[0] == 200
+    assert post(path, "/api/generate", ask("", raw=True, stream=False))[0] == 200  # of the group
+    assert {request.wishes.given for request in board.asked} == {"text"}
+    assert {(request.layers, request.proposers) for request in board.asked} == {(0, 0)}
+    texts = [request.messages[0].content for request in board.asked]
+    assert texts == [" Once", " Once", "\n", "\n", "Why?", "Why?"]
+    assert post(path, TEXT, {"model": "tiny", "prompt": "x", "edgemoa": {"layers": 1}})[0] == 200
+    assert post(path, TEXT, {"model": "tiny", "prompt": ""})[0] == 400
+
+
+# --- tools
+
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+SUM = {
+    "type": "function",
+    "function": {
+        "name": "sum",
+        "description": "adds",
+        "parameters": {
+            "type": "object",
+            "properties": {"of": {"$ref": "#/$defs/numbers"}, "$ref": {"type": "string"}},
+            "$defs": {"numbers": {"type": "array", "items": {"type": "integer"}}},
+        },
+    },
+}
+CALLS = (ToolCall("sum", '{"of": [1, 2]}'), ToolCall("now", "{}"))
+
+
+def called(board: Board, text: str = "") -> None:
+    board.calls_tools, board.room = True, 2_000
+    end = msgspec.structs.replace(answered(text), calls=CALLS)
+    board.script = [Accepted(Granted(0, 0), 0), *([Text(text)] if text else []), end]
+
+
+def test_tools_and_their_results_are_given_to_the_template(path: Path, board: Board) -> None:
+    called(board)
+    call = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"of": [1]}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+    ]
+    asked = body(messages=messages, tools=[NOW, SUM], parallel_tool_calls=False)
+    assert post(path, CHAT, asked)[0] == 200
+    (request,) = board.asked
+    assert request.wishes == Wishes(given="template", tools=Tools(("now", "sum"), parallel=False))
+    assert (request.layers, request.proposers) == (0, 0)
+    (message,) = request.messages
+    shown = {"name": "sum", "arguments": {"of": [1]}}
+    assert json.loads(message.content) == {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "1?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "c1", "type": "function", "function": shown}],
+            },
+            {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "sum"},
+        ],
+        "tools": [NOW, SUM],
+    }
+
+
+def test_calls_in_openais_shape(path: Path, board: Board) -> None:
+    called(board, "See.")
+    _, whole = post(path, CHAT, body(tools=[NOW, SUM]))
+    (choice,) = whole["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "See."
+    first, second = choice["message"]["tool_calls"]
+    assert first["function"] == {"name": "sum", "arguments": '{"of": [1, 2]}'}
+    assert (second["type"], second["function"]["name"]) == ("function", "now")
+    assert first["id"] != second["id"]
+    _, told, _ = call(path, "POST", CHAT, body(tools=[NOW, SUM], stream=True))
+    chunks = [json.loads(e[6:]) for e in told.decode().split("\n\n") if e.startswith("data: {")]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    (calls,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert [each["index"] for each in calls] == [0, 1]
+    assert [each["function"]["arguments"] for each in calls] == ['{"of": [1, 2]}', "{}"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    called(board)
+    assert post(path, CHAT, body(tools=[NOW]))[1]["choices"][0]["message"]["content"] is None
+
+
+def test_calls_in_ollamas_shape(path: Path, board: Board) -> None:
+    called(board, "See.")
+    turns = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]},
+        {"role": "tool", "tool_name": "now", "content": "noon"},
+    ]
+    asked = {"model": "tiny", "messages": turns, "tools": [NOW, SUM]}
+    told = lines(call(path, "POST", "/api/chat", asked)[1])
+    assert [line["message"]["content"] for line in told] == ["1See.", "", ""]
+    calls = told[1]["message"]["tool_calls"]
+    assert calls[0] == {"function": {"name": "sum", "arguments": {"of": [1, 2]}}}
+    assert (told[1]["done"], told[2]["done"], told[2]["done_reason"]) == (False, True, "stop")
+    _, whole = post(path, "/api/chat", asked | {"stream": False})
+    assert whole["message"]["tool_calls"] == calls
+    last = json.loads(board.asked[0].messages[0].content)["messages"][-1]
+    assert last == {"role": "tool", "content": "noon", "tool_call_id": "", "name": "now"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "forced"),
+    [
+        ("auto", ("now", "sum"), False),
+        ("required", ("now", "sum"), True),
+        ({"type": "function", "function": {"name": "sum"}}, ("sum",), True),
+        ("none", None, False),
+    ],
+)
+def test_which_tools_are_called(
+    path: Path, board: Board, choice: Any, names: tuple[str, ...] | None, forced: bool
+) -> None:
+    called(board)
+    assert post(path, CHAT, body(tools=[NOW, SUM], tool_choice=choice))[0] == 200
+    wishes = board.asked[0].wishes
+    assert wishes.tools == (None if names is None else Tools(names, forced))
+    assert wishes.given == ("turns" if names is None else "template")
+    assert bool(wishes.schema) == forced == bool(board.schemas)
+    if forced:
+        check_schema(wishes.schema)
+        schema = json.loads(wishes.schema)
+        moved = schema["$defs"][str(len(names or ()) - 1)]["properties"]
+        assert moved["of"] == {"$ref": f"#/$defs/{len(names or ()) - 1}/$defs/numbers"}
+        assert moved["$ref"] == {"type": "string"}
+
+
 # --- vectors
 
 
@@ -427,6 +566,19 @@ def test_ollama_embeds(path: Path, board: Board) -> None:
         (TEXT, {"prompt": "a", "logprobs": 21}, 400),
         (TEXT, {"prompt": "a", "model": "gpt-9"}, 404),
         (TEXT, {"prompt": "a" * 101}, 400),
+        (CHAT, body(tools=[NOW]), 400),
+        (CHAT, body(tools=[NOW], tool_choice="often"), 400),
+        (CHAT, body(tools=[NOW, NOW]), 400),
+        (CHAT, body(tools=[NOW] * 129), 400),
+        (CHAT, body(tools=[{"type": "custom", "custom": {"name": "x"}}]), 400),
+        (CHAT, body(tools=[{"type": "function", "function": {"name": "a b"}}]), 400),
+        (CHAT, body(tool_choice="required"), 400),
+        (CHAT, body(tools=[NOW], tool_choice={"type": "function", "function": {"name": "x"}}), 400),
+        (CHAT, body(tools=[NOW], logprobs=True), 400),
+        (CHAT, body(tools=[NOW], response_format={"type": "json_object"}), 400),
+        (CHAT, body(tools=[NOW], edgemoa={"plan": "M1k1"}), 400),
+        (CHAT, body(tools=[NOW], model="edgemoa:M1k1"), 400),
+        (CHAT, body(modalities=["text", "audio"]), 400),
         (VECTORS, {}, 400),
         (VECTORS, {"input": ""}, 400),
         (VECTORS, {"input": []}, 400),
@@ -455,8 +607,12 @@ def test_ollama_embeds(path: Path, board: Board) -> None:
         ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["a"]}]}, 400),
         ("/api/chat", {"messages": [{"role": "tool", "content": "x"}]}, 400),
         ("/api/chat", {"messages": [{"role": "assistant", "content": "x"}]}, 400),
+        ("/api/chat", {"messages": [{"role": "user", "tool_calls": []}]}, 400),
+        ("/api/chat", ask("/api/chat", tools=[NOW]), 400),
         ("/api/chat", {"messages": [{"role": "user", "content": "x"}] * 511}, 400),
-        ("/api/generate", ask("", raw=True), 400),
+        ("/api/generate", ask("", raw=True, system="x"), 400),
+        ("/api/generate", ask("", raw=True, edgemoa={"plan": "M1k1"}), 400),
+        ("/api/generate", ask("", raw=True, model="edgemoa:M1k1"), 400),
         ("/api/generate", ask("", template="x"), 400),
         ("/api/generate", ask("", suffix="x"), 400),
         ("/api/generate", ask("", context=[1]), 400),
