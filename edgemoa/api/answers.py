@@ -144,11 +144,13 @@ async def _stream(
             async with _taken(http):
                 await response.write(data)
 
+    first = await events.next_within(0)  # from now on, who leaves takes all of them back
     await response.prepare(http)
     await write(shape.opening())
     answers: dict[int, Answered] = {}
     while len(answers) < count:
-        happened = await events.next_within(KEEP_ALIVE_S)
+        happened = first or await events.next_within(KEEP_ALIVE_S)
+        first = None
         if happened is None:
             await write(shape.alive)
             continue

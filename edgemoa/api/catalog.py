@@ -111,7 +111,7 @@ def routes(service: Service) -> list[Route]:
             path="/api/tags",
             handler=tags,
             about='What "model" may be, as Ollama says it',
-            told=ok("The group, and this board's model alone", ollama.Models),
+            told=ok("The group, and this board's model alone", ollama.OllamaModels),
             head=True,
         ),
         Route(
@@ -119,7 +119,7 @@ def routes(service: Service) -> list[Route]:
             path="/api/ps",
             handler=loaded,
             about="Which models are loaded",
-            told=ok("The same, once it is loaded", ollama.Models),
+            told=ok("The same, once it is loaded", ollama.OllamaModels),
             head=True,
         ),
         Route(

@@ -237,21 +237,21 @@ def _no_images() -> UserError:
 # --- answers
 
 
-class Called(msgspec.Struct):
+class CalledWith(msgspec.Struct):
     """``arguments`` are a JSON object."""
 
     name: str
     arguments: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": "object"})]
 
 
-class ToolCallTold(msgspec.Struct):
-    function: Called
+class CallTold(msgspec.Struct):
+    function: CalledWith
 
 
 class TurnTold(msgspec.Struct):
     content: str
     role: Literal["assistant"] = "assistant"
-    tool_calls: list[ToolCallTold] | UnsetType = UNSET
+    tool_calls: list[CallTold] | UnsetType = UNSET
 
 
 class Told(msgspec.Struct, kw_only=True):
@@ -346,7 +346,7 @@ class Telling:
         return encode(self._said(text, **more)) + b"\n"
 
     def _said(
-        self, text: str, *, calls: list[ToolCallTold] | UnsetType = UNSET, **more: Any
+        self, text: str, *, calls: list[CallTold] | UnsetType = UNSET, **more: Any
     ) -> ChatTold | GenerateTold:
         more |= {"model": self.model, "created_at": _time(self.created)}
         if self.chat:
@@ -373,16 +373,16 @@ def _logprobs(told: Sequence[TokenLogprob] | None) -> list[ContentLogprob] | Uns
     return UNSET if told is None else chats.logprobs(told).content
 
 
-def _calls(answered: Answered) -> list[ToolCallTold] | UnsetType:
+def _calls(answered: Answered) -> list[CallTold] | UnsetType:
     if not answered.calls:
         return UNSET
     return [
-        ToolCallTold(Called(call.name, msgspec.Raw(call.arguments.encode())))
+        CallTold(CalledWith(call.name, msgspec.Raw(call.arguments.encode())))
         for call in answered.calls
     ]
 
 
-class Embeddings(msgspec.Struct):
+class EmbedTold(msgspec.Struct):
     """The answer to :class:`EmbedAsk`."""
 
     model: str
@@ -392,26 +392,26 @@ class Embeddings(msgspec.Struct):
     load_duration: int = 0
 
 
-class Embedding(msgspec.Struct):
+class EmbeddingTold(msgspec.Struct):
     """The answer to :class:`EmbeddingsAsk`."""
 
     embedding: list[float]
 
 
-def embed_json(model: str, vectors: Sequence[bytes], tokens: int, duration_ms: int) -> Embeddings:
+def embed_json(model: str, vectors: Sequence[bytes], tokens: int, duration_ms: int) -> EmbedTold:
     """The answer to :class:`EmbedAsk`."""
     found = [numbers(vector) for vector in vectors]
-    return Embeddings(model, found, duration_ms * _NS_PER_MS, tokens)
+    return EmbedTold(model, found, duration_ms * _NS_PER_MS, tokens)
 
 
-class Error(msgspec.Struct):
+class OllamaError(msgspec.Struct):
     error: str
     edgemoa: Refusal | UnsetType = UNSET
 
 
-def error_json(error: EdgemoaError) -> Error:
+def error_json(error: EdgemoaError) -> OllamaError:
     """An error in Ollama's shape."""
-    return Error(openai.sentence(error), openai.refusal(error))
+    return OllamaError(openai.sentence(error), openai.refusal(error))
 
 
 # --- models
@@ -440,7 +440,7 @@ class Listed(msgspec.Struct):
     context_length: int | UnsetType = UNSET
 
 
-class Models(msgspec.Struct):
+class OllamaModels(msgspec.Struct):
     models: list[Listed]
 
 
@@ -457,14 +457,14 @@ class Shown(msgspec.Struct):
     license: str = ""
 
 
-def tags_json(card: Card) -> Models:
+def tags_json(card: Card) -> OllamaModels:
     """``GET /api/tags``: the group, and this board's model alone."""
-    return Models([_listed(each) for each in (group_card(card), card)])
+    return OllamaModels([_listed(each) for each in (group_card(card), card)])
 
 
-def ps_json(card: Card, context_tokens: int) -> Models:
+def ps_json(card: Card, context_tokens: int) -> OllamaModels:
     """``GET /api/ps``: the same, once the model is loaded. It stays, so its time has no end."""
-    models = tags_json(card) if context_tokens else Models([])
+    models = tags_json(card) if context_tokens else OllamaModels([])
     for each in models.models:
         each.expires_at, each.size_vram, each.context_length = _NEVER, 0, context_tokens
     return models

@@ -20,10 +20,10 @@ from aiohttp import web
 from edgemoa.api import completions, embeddings, ollama, openai, requests
 from edgemoa.api.answers import Events, Shape, encode, json_response, tell
 from edgemoa.api.arrivals import Arrivals, Place, peer
-from edgemoa.api.chats import ChatTelling, Completion
+from edgemoa.api.chats import ChatTelling, Chunk, Completion
 from edgemoa.api.completions import TextChunk
 from edgemoa.api.requests import Ticketed
-from edgemoa.api.routes import JSON, Parameter, Route, Told, ok
+from edgemoa.api.routes import JSON, Parameter, Pieces, Route, Told, ok
 from edgemoa.api.service import Service, failure
 from edgemoa.core.events import Answered, Failed, Request
 from edgemoa.core.messages import ChatMessage
@@ -49,7 +49,7 @@ MAX_EMBEDDING: Final = 4  # requests for vectors at a time
 _MS_PER_S: Final = 1000
 _EVENTS: Final = "text/event-stream"
 _NDJSON: Final = "application/x-ndjson"
-_EACH: Final = "The answer; streamed, events whose data is a `{}`, and `[DONE]`"
+_STREAM: Final = "The answer; streamed, events, of which the last is `[DONE]`"
 _LINES: Final = "The answer; streamed, a line for each piece of it"
 _PROMPT_ERRORS: Final = (
     *(UserError, InvalidPromptError, PromptTooLongError, SchemaError, ModelNotFoundError),
@@ -107,7 +107,7 @@ class Prompts:
                 handler=self._chat,
                 about="An answer to a conversation, whole or streamed",
                 asks=openai.ChatRequest,
-                told={200: Told(_EACH.format("Chunk"), {JSON: Completion, _EVENTS: None})},
+                told={200: Told(_STREAM, {JSON: Completion, _EVENTS: Pieces(Chunk)})},
                 parameters=[key],
                 errors=_PROMPT_ERRORS,
             ),
@@ -117,7 +117,7 @@ class Prompts:
                 handler=self._complete,
                 about="How a text goes on",
                 asks=completions.CompletionRequest,
-                told={200: Told(_EACH.format("TextChunk"), {JSON: TextChunk, _EVENTS: None})},
+                told={200: Told(_STREAM, {JSON: TextChunk, _EVENTS: Pieces(TextChunk)})},
                 parameters=[key],
                 errors=_PROMPT_ERRORS,
             ),
@@ -154,8 +154,8 @@ class Prompts:
                 about="How a prompt stands; its answer",
                 told={
                     200: Told(
-                        _EACH.format("Chunk"),
-                        {JSON: Ticketed, _EVENTS: None},
+                        _STREAM,
+                        {JSON: Ticketed, _EVENTS: Pieces(Chunk)},
                         {"Location": "where it is"},
                     )
                 },
@@ -185,7 +185,7 @@ class Prompts:
                 handler=self._ollama_chat,
                 about="An answer to a conversation, in lines of JSON or whole",
                 asks=ollama.ChatAsk,
-                told={200: Told(_LINES, {JSON: ollama.ChatTold, _NDJSON: None})},
+                told={200: Told(_LINES, {JSON: ollama.ChatTold, _NDJSON: Pieces(ollama.ChatTold)})},
                 parameters=[key],
                 errors=_PROMPT_ERRORS,
             ),
@@ -195,7 +195,11 @@ class Prompts:
                 handler=self._ollama_generate,
                 about="An answer to a prompt, in lines of JSON or whole",
                 asks=ollama.GenerateAsk,
-                told={200: Told(_LINES, {JSON: ollama.GenerateTold, _NDJSON: None})},
+                told={
+                    200: Told(
+                        _LINES, {JSON: ollama.GenerateTold, _NDJSON: Pieces(ollama.GenerateTold)}
+                    )
+                },
                 parameters=[key],
                 errors=_PROMPT_ERRORS,
             ),
@@ -205,7 +209,7 @@ class Prompts:
                 handler=self._ollama_embed,
                 about="Texts as vectors",
                 asks=ollama.EmbedAsk,
-                told=ok("The vectors", ollama.Embeddings),
+                told=ok("The vectors", ollama.EmbedTold),
                 errors=_EMBED_ERRORS,
             ),
             Route(
@@ -214,7 +218,7 @@ class Prompts:
                 handler=self._ollama_embeddings,
                 about="A text as a vector",
                 asks=ollama.EmbeddingsAsk,
-                told=ok("The vector", ollama.Embedding),
+                told=ok("The vector", ollama.EmbeddingTold),
                 errors=_EMBED_ERRORS,
             ),
         ]
@@ -279,7 +283,7 @@ class Prompts:
         ask = await self._read(http, ollama.embeddings_decoder)
         vectors, _ = await self._embed(ollama.name_of(ask.model), ask.prompt or [], None)
         found = [number for each in vectors for number in embeddings.numbers(each)]
-        return json_response(ollama.Embedding(found))
+        return json_response(ollama.EmbeddingTold(found))
 
     # --- prompts that are left
 

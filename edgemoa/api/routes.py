@@ -25,6 +25,7 @@ from edgemoa.errors import (
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 JSON: Final = "application/json"
 _REF: Final = "#/components/schemas/{name}"
+_ROLE: Final = re.compile(r":\w+:`(?:[\w.]+\.)?(\w+)`")
 _ALWAYS: Final = (UnauthorizedError, ForbiddenError, EdgemoaError)
 
 
@@ -38,8 +39,15 @@ class Parameter(NamedTuple):
     needed: bool = False
 
 
+class Pieces(NamedTuple):
+    """A stream: the type of each event's data, or of each line."""
+
+    kind: Any
+
+
 class Told(NamedTuple):
-    """A response: what it is, and its type, by its media type; None is text."""
+    """A response: what it is, and its type, by its media type: that of the JSON, :class:`Pieces`,
+    or None for text."""
 
     about: str
     media: Mapping[str, Any]
@@ -87,10 +95,12 @@ def ok(about: str, kind: Any, **more: Any) -> dict[int, Told]:
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The OpenAPI document of these routes."""
-    kinds: list[Any] = [openai.Error, ollama.Error]
+    kinds: list[Any] = [openai.Error, ollama.OllamaError]
     for route in routes:
         kinds += [] if route.asks is None else [route.asks]
-        kinds += [k for t in route.told.values() for k in t.media.values() if k is not None]
+        for told in route.told.values():
+            found = (k.kind if isinstance(k, Pieces) else k for k in told.media.values())
+            kinds += [kind for kind in found if kind is not None]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     known = list(zip(kinds, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -109,7 +119,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         "security": [{}, {"bearer": []}, {"key": []}],
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": _plain(components),
             "securitySchemes": {
                 "bearer": {
                     "type": "http",
@@ -147,7 +157,7 @@ def _operation(route: Route, method: str, known: list[tuple[Any, Any]]) -> dict[
     }
     for status, errors in _by_status([*route.errors, *_ALWAYS]).items():
         if str(status) not in responses:
-            shape = ollama.Error if route.path.startswith("/api/") else openai.Error
+            shape = ollama.OllamaError if route.path.startswith("/api/") else openai.Error
             told = Told(_about(status, errors), {JSON: shape}, _headers(errors))
             responses[str(status)] = _response(told, known, bare=method == "HEAD")
     operation["responses"] = dict(sorted(responses.items()))
@@ -163,14 +173,30 @@ def _response(told: Told, known: list[tuple[Any, Any]], *, bare: bool) -> dict[s
         }
     if told.media and not bare:
         response["content"] = {
-            media: {"schema": {"type": "string"} if kind is None else _schema(kind, known)}
-            for media, kind in told.media.items()
+            media: {"schema": _schema(kind, known)} for media, kind in told.media.items()
         }
     return response
 
 
 def _schema(kind: Any, known: Iterable[tuple[Any, Any]]) -> Any:
+    if kind is None:
+        return {"type": "string"}
+    if isinstance(kind, Pieces):
+        each = {"contentMediaType": JSON, "contentSchema": _schema(kind.kind, known)}
+        return {"type": "string", "description": "Of each event's data, or line"} | each
     return next(schema for each, schema in known if each is kind)
+
+
+def _plain(schema: Any) -> Any:
+    """A schema whose descriptions, which are docstrings, are Markdown."""
+    if isinstance(schema, dict):
+        return {
+            name: _ROLE.sub(r"`\1`", value).replace("``", "`")
+            if name == "description" and isinstance(value, str)
+            else _plain(value)
+            for name, value in schema.items()
+        }
+    return [_plain(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _by_status(
