@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoa.core.events import ToolCall
+from edgemoa.core.events import Job, ToolCall, Tools, Wishes
+from edgemoa.core.messages import ChatMessage
 from edgemoa.engine.calls import FORCED, Calls
+from edgemoa.errors import InvalidPromptError
 from edgemoa.text.template import CallForm, ChatTemplate
+
+from .harness import job, running
+from .tiny import HELLO, write_tiny_model
 
 # Templates in the ways of known families, much shorter.
 TAGS = (  # Hermes, Qwen, SmolLM3
@@ -174,3 +182,81 @@ def test_text_before_a_call_is_shown_as_it_comes() -> None:
     assert free.push("So: ") == "  So: "
     assert free.push('{"name": "now"}') == '{"name": "now"}'
     assert (free.finish(), free.calls) == ("", ())
+
+
+# --- the engine
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "name": {"const": "now"},
+            "arguments": {"type": "object", "additionalProperties": False},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+)
+
+
+def with_template(folder: Path, source: str) -> Path:
+    """A tiny model with another chat template."""
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": source}))
+    return folder
+
+
+def given_job(number: int, content: str, wishes: Wishes) -> Job:
+    plain = job(number, messages=(ChatMessage("user", content),), max_tokens=900)
+    return msgspec.structs.replace(plain, wishes=wishes)
+
+
+def turns(last: str, **more: Any) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": last}], **more})
+
+
+def test_what_a_model_calls_is_told_apart_from_what_it_says(tmp_path: Path) -> None:
+    folder = with_template(
+        write_tiny_model(tmp_path / "tiny"), TAGS.replace("[assistant]\n", "{{ tools or 0 }}>")
+    )
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    wishes = Wishes(given="template", tools=Tools(("now",)))
+    forced = Wishes(SCHEMA, given="template", tools=Tools(("now",), forced=True))
+
+    async def scenario() -> None:
+        async with running(folder) as (engine, events):
+            assert events.ready[0].calls_tools
+            assert not events.ready[0].embeds  # it is the genai back end's
+            message = (ChatMessage("user", turns("a", tools=tools)),)
+            asked = await engine.measure(message, "template")
+            shown = turns("<|end|>", tools=[*tools, *tools])  # a control token is text there
+            assert await engine.measure((ChatMessage("user", shown),), "template") > asked + 40
+            engine.work(given_job(1, turns("a", tools=tools), wishes))
+            said = await events.ends(1)
+            assert (said.text, said.calls, said.prompt_tokens) == (HELLO, (), asked)
+            engine.work(given_job(2, turns("a", tools=tools), forced))
+            called = await events.ends(2)
+            assert (called.text, [call.name for call in called.calls]) == ("", ["now"])
+            assert json.loads(called.calls[0].arguments) == {}
+            assert 2 not in events.texts
+            for wrong in ("x", "[]", "{}", "[" * 5000, turns("a", tools=3)):
+                with pytest.raises(InvalidPromptError):
+                    await engine.measure((ChatMessage("user", wrong),), "template")
+
+    asyncio.run(scenario())
+
+
+def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(write_tiny_model(tmp_path / "tiny")) as (engine, events):
+            assert not events.ready[0].calls_tools
+            text = (ChatMessage("user", "refuse<|end|>>"),)  # which the template would
+            assert await engine.measure(text, "text") == len("refuse.>")
+            engine.work(given_job(1, text[0].content, Wishes(given="text")))
+            assert (await events.ends(1)).text == HELLO
+            with pytest.raises(InvalidPromptError, match="empty"):
+                await engine.measure((ChatMessage("user", ""),), "text")
+            with pytest.raises(InvalidPromptError, match="does not support tools"):
+                await engine.measure((ChatMessage("user", turns("a")),), "template")
+
+    asyncio.run(scenario())
