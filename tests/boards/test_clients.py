@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import httpx2
@@ -15,9 +19,18 @@ import openai
 import pydantic
 import pytest
 
+from edgemoa.api.doors import Keys
 from edgemoa.demo import LocalBoard, start_board, stop, wait_until_ready
 
 MODEL = "smollm2-135m-instruct"
+SEARCH_S = 8  # for schemathesis to look for what breaks the API
+
+
+class Tcp(NamedTuple):
+    """The way in over TCP."""
+
+    url: str
+    key: str
 
 
 class City(pydantic.BaseModel, extra="forbid"):
@@ -28,14 +41,27 @@ class City(pydantic.BaseModel, extra="forbid"):
 @pytest.fixture(scope="module")
 def board(models_dir: Path) -> Iterator[LocalBoard]:
     with tempfile.TemporaryDirectory(prefix="edgemoa-") as place:
+        (Path(place) / "key").write_text(Keys(Path(place) / "state").new("tests"))
         board = start_board(
-            Path(place), f"board.models_dir={models_dir}", f"model.name={MODEL}", "net.mdns=false"
+            Path(place),
+            f"board.models_dir={models_dir}",
+            f"model.name={MODEL}",
+            "net.mdns=false",
+            "moa.max_tokens=8",
+            "api.listen=127.0.0.1:0",
         )
         try:
             wait_until_ready([board])
             yield board
         finally:
             stop([board])
+
+
+@pytest.fixture(scope="module")
+def tcp(board: LocalBoard) -> Tcp:
+    told = re.search(r'"listening for applications".*?"port": ?([0-9]+)', board.log.read_text())
+    assert told is not None
+    return Tcp(f"http://127.0.0.1:{told[1]}", (board.log.parent / "key").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +170,21 @@ def test_a_text_and_how_it_goes_on(gpt: openai.OpenAI) -> None:
     assert streamed == whole.choices[0].text
 
 
+def test_a_text_goes_on_as_it_stands(gpt: openai.OpenAI) -> None:
+    begun = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
+    bare = gpt.completions.create(model=MODEL, prompt=begun, max_tokens=8)
+    assert bare.choices[0].text.startswith(" 15, 16")
+    turn = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+    raw = gpt.completions.create(model=MODEL, prompt=turn, max_tokens=8)
+    asked = gpt.completions.create(model="edgemoa", prompt="Name a colour.", max_tokens=8)
+    chat = gpt.chat.completions.create(model=MODEL, messages=said("Name a colour."), max_tokens=8)
+    assert asked.choices[0].text == chat.choices[0].message.content
+    assert raw.usage is not None
+    assert chat.usage is not None
+    # The model's template begins with a system turn of its own.
+    assert 10 < raw.usage.prompt_tokens < chat.usage.prompt_tokens
+
+
 def test_embeddings(gpt: openai.OpenAI) -> None:
     texts = ["The cat sleeps.", "A kitten naps.", "Interest rates rose in March."]
     compact = gpt.embeddings.create(model=MODEL, input=texts)  # asks for base64
@@ -172,7 +213,7 @@ def test_models_and_errors(gpt: openai.OpenAI) -> None:
         gpt.chat.completions.create(model="gpt-9", messages=said("Hello"))
     assert told.value.code == "model_not_found"
     tool: Any = {"type": "function", "function": {"name": "now", "parameters": {}}}
-    with pytest.raises(openai.BadRequestError, match="tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         gpt.chat.completions.create(model=MODEL, messages=said("Time?"), tools=[tool])
     calm = gpt.chat.completions.create(
         model=MODEL, messages=said("Hi."), tools=[tool], tool_choice="none", max_tokens=4
@@ -227,6 +268,8 @@ def test_ollama_generates(llama: ollama.Client) -> None:
     )
     assert told.logprobs is not None
     assert "".join(each.token for each in told.logprobs).startswith(told.response or "?")
+    bare = llama.generate(model=MODEL, prompt="1, 2, 3, 4, 5, 6, 7,", raw=True)
+    assert (bare.response or "").startswith(" 8, 9")
     loaded = llama.generate(model=MODEL)
     assert (loaded.done, loaded.done_reason, loaded.response) == (True, "load", "")
     assert llama.chat(model=MODEL, messages=[], keep_alive=0).done_reason == "load"
@@ -250,7 +293,7 @@ def test_ollama_finds_its_models(llama: ollama.Client, board: LocalBoard) -> Non
     assert models[1].details is not None
     assert models[1].details.parameter_size == "134.52M"
     shown = llama.show(f"{MODEL}:latest")
-    assert shown.capabilities == ["completion"]
+    assert shown.capabilities == ["completion", "embedding"]
     assert shown.modelinfo is not None
     assert shown.modelinfo["llama.context_length"] == 8192
     assert [each.context_length for each in llama.ps().models] == [8192, 8192]
@@ -261,10 +304,20 @@ def test_ollama_finds_its_models(llama: ollama.Client, board: LocalBoard) -> Non
         assert plain.get("http://localhost/api/version").json()["version"]
 
 
+def now(zone: str) -> str:
+    """The time.
+
+    Args:
+        zone: where
+    """
+    return zone
+
+
 def test_ollama_hears_what_is_wrong(llama: ollama.Client) -> None:
     for attempt, status, words in (
         (lambda: llama.chat(model="llama9", messages=said("Hi.")), 404, "no model 'llama9'"),
-        (lambda: llama.generate(model=MODEL, prompt="x", raw=True), 400, "raw"),
+        (lambda: llama.generate(model="edgemoa:M1k1", prompt="x", raw=True), 400, "bare texts"),
+        (lambda: llama.chat(model=MODEL, messages=said("x"), tools=[now]), 400, "support tools"),
         (lambda: llama.generate(model=MODEL, prompt="x", template="{{ .Prompt }}"), 400, "templ"),
         (lambda: llama.generate(model=MODEL, prompt="x", images=[b"x"]), 400, "images"),
         (lambda: llama.chat(model=MODEL, messages=said("x"), think=True), 400, "think"),
@@ -277,3 +330,75 @@ def test_ollama_hears_what_is_wrong(llama: ollama.Client) -> None:
         with pytest.raises(ollama.ResponseError, match=words) as told:
             attempt()
         assert told.value.status_code == status
+
+
+# --- over TCP
+
+
+def test_the_same_over_tcp_with_a_key(tcp: Tcp) -> None:
+    with openai.OpenAI(base_url=f"{tcp.url}/v1", api_key=tcp.key, max_retries=0) as client:
+        told = client.chat.completions.create(model=MODEL, messages=said("Hi."), max_tokens=4)
+        assert told.choices[0].message.content
+    with openai.OpenAI(base_url=f"{tcp.url}/v1", api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.models.list()
+        assert refused.value.code == "unauthorized"
+    with ollama.Client(host=tcp.url, headers={"Authorization": f"Bearer {tcp.key}"}) as client:
+        assert client.chat(model=MODEL, messages=said("Hi.")).done
+
+
+def curl(*arguments: str) -> str:
+    done = subprocess.run(
+        ["curl", "--silent", "--show-error", "--fail-with-body", "--max-time", "30", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return f"{done.returncode} {done.stdout}"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(board: LocalBoard, tcp: Tcp) -> None:
+    ask = json.dumps({"model": "edgemoa", "messages": said("Hi."), "stream": True})
+    chat = ("-H", "Content-Type: application/json", "-d", ask)
+    there = ("--unix-socket", str(board.socket), "http://localhost/v1/chat/completions")
+    code, told = curl(*there, *chat).split(" ", 1)
+    assert code == "0"
+    assert told.startswith('data: {"id":"')
+    assert told.endswith("data: [DONE]\n\n")
+    key = ("-H", f"Authorization: Bearer {tcp.key}")
+    assert curl(*key, f"{tcp.url}/api/chat", *chat).splitlines()[-1].count('"done":true') == 1
+    assert '"data":[{"id":"edgemoa"' in curl(*key, f"{tcp.url}/v1/models")
+    assert curl(f"{tcp.url}/v1/models").startswith('22 {"error":{"message":"an API key is needed')
+    assert curl(*key, "-X", "PUT", f"{tcp.url}/v1/models").startswith('22 {"error":')
+    assert curl("-I", f"{tcp.url}/").startswith("0 HTTP/1.1 200 OK")
+
+
+def test_schemathesis_finds_nothing(tcp: Tcp, board: LocalBoard, tmp_path: Path) -> None:
+    """No answer is a defect's, or other than the OpenAPI document says.
+
+    That whatever a schema allows is accepted is not looked for: there has to be such a model, too.
+    """
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{tcp.url}/openapi.json"),
+            *("--header", f"Authorization: Bearer {tcp.key}", "--max-time", str(SEARCH_S)),
+            *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
+            *("--phases", "coverage,fuzzing", "--max-examples", "10", "--request-timeout", "20"),
+            *("--warnings", "off", "--no-color", "--seed", "1", "--continue-on-failure"),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=SEARCH_S + 40,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    found = re.search(r"([0-9]+) generated, ([0-9]+) passed", done.stdout)
+    assert found is not None, done.stdout[-2000:]
+    assert int(found[1]) > 100
+    assert board.process.poll() is None
+    records = [json.loads(line) for line in board.log.read_text().splitlines()]
+    ours = [record for record in records if record["logger"].startswith("edgemoa")]
+    assert ours
+    assert not [record for record in ours if record["level"] in ("error", "critical")]
