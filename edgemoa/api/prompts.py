@@ -425,17 +425,19 @@ class Prompts:
         )
 
     async def _take_all(self, prompts: Sequence[Prompt]) -> list[str]:
-        """All of them, or none."""
-        ids: list[str] = []
+        """All of them, or none; at a time, so that the disk is waited for once."""
+        taking = [asyncio.ensure_future(self._take(prompt)) for prompt in prompts]
         try:
-            for prompt in prompts:
-                ids.append(await self._take(prompt))  # noqa: PERF401 - those before are needed
+            return await asyncio.gather(*taking)
         except BaseException:
-            for prompt, taken in zip(prompts, ids, strict=False):
+            for each in taking:
+                each.cancel()
+            await asyncio.wait(taking)
+            for prompt, each in zip(prompts, taking, strict=True):
+                taken = not (each.cancelled() or each.exception()) and each.result()
                 if taken == prompt.request.request_id:
                     await self._service.forget(taken, prompt.owner)
             raise
-        return ids
 
     async def _take(self, prompt: Prompt) -> str:
         taken = await self._service.take(prompt)

@@ -22,9 +22,11 @@ import pytest
 import test_server
 from test_server import CARD, RECORD, ScriptedBoard, answered, body
 
-from edgemoa.api import answers, embeddings, prompts
+from edgemoa.api import answers, embeddings, ollama, prompts
 from edgemoa.api.answers import Events
-from edgemoa.api.completions import logprobs
+from edgemoa.api.completions import CompletionRequest, logprobs
+from edgemoa.api.embeddings import EmbeddingRequest
+from edgemoa.api.openai import ChatRequest
 from edgemoa.api.service import Vector
 from edgemoa.core import limits
 from edgemoa.core.events import (
@@ -639,6 +641,49 @@ def test_bad_requests(path: Path, board: Board, target: str, data: Any, status: 
     assert message
     assert board.asked == []
     assert "canary" not in message or "schema" in message
+
+
+DEEP = '{"a":' * 900 + "1" + "}" * 900
+NASTY = (
+    "null", "NaN", "-Infinity", "1e999", "1" * 400, "9" * 5_000, '""', '"\\ud800"', '"\\u0000"',
+    "[]", "{}", "[null]", '{"":{}}', "true", "-1", "0.5", "[" * 100_000, DEEP,
+    json.dumps(["x"] * 5_000),
+    f'[{{"function":{{"name":"f","parameters":{DEEP}}}}}]',
+    f'{{"type":"json_object","schema":{DEEP}}}', f'{{"const":{"9" * 30}}}',
+    f'{{"type":"json_object","schema":{{"const":{"9" * 30}}}}}', '{"plan":"M1k1","layers":1}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "more"),
+    [
+        (CHAT, ChatRequest, {"messages": [{"role": "user", "content": "W"}]}),
+        (TEXT, CompletionRequest, {"prompt": "W"}),
+        (VECTORS, EmbeddingRequest, {"input": "W"}),
+        ("/api/chat", ollama.ChatAsk, {"messages": [{"role": "user", "content": "W"}]}),
+        ("/api/generate", ollama.GenerateAsk, {"prompt": "W"}),
+        ("/api/embed", ollama.EmbedAsk, {"input": "W"}),
+        ("/api/show", ollama.ShowAsk, {}),
+    ],
+)
+def test_no_field_is_a_defect_of_ours_whatever_is_in_it(
+    path: Path, board: Board, target: str, kind: type[msgspec.Struct], more: dict[str, Any]
+) -> None:
+    board.calls_tools, board.room = True, 1_000_000
+    board.script = [Accepted(Granted(0, 0), 0), answered("W")]
+    statuses = set()
+    for field in kind.__struct_encode_fields__:
+        usual = json.dumps({name: value for name, value in more.items() if name != field})
+        for number, value in enumerate(NASTY):
+            raw = f'{usual[:-1]}{", " if len(usual) > 2 else ""}"{field}": {value}}}'.encode()
+            status, told, _ = call(path, "POST", target, raw, Idempotency_Key=f"{field}{number}")
+            statuses.add(status)
+            assert status in (200, 400, 404), (field, value[:40], told[:200])
+            assert len(told) < 1_000
+            if status != 200:
+                error = json.loads(told)["error"]
+                assert error if target.startswith("/api/") else error["message"]
+    assert {200, 400} <= statuses
 
 
 def test_what_a_board_refuses_ollamas_clients_hear(path: Path, board: Board) -> None:
