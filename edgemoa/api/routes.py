@@ -36,7 +36,6 @@ class Parameter(NamedTuple):
     where: Literal["path", "query", "header"]
     about: str
     schema: Mapping[str, Any]
-    needed: bool = False
 
 
 class Pieces(NamedTuple):
@@ -61,7 +60,6 @@ class Route:
     :param about: what for, in a sentence.
     :param told: the responses, by their status; all but the errors.
     :param asks: the type of the body; None for no body.
-    :param needed: whether there has to be a body.
     :param errors: those that it is known to end with, besides those that any request can.
     :param head: whether HEAD is served, too.
     """
@@ -72,7 +70,6 @@ class Route:
     about: str
     told: Mapping[int, Told]
     asks: Any = None
-    needed: bool = True
     parameters: Sequence[Parameter] = ()
     errors: Sequence[type[EdgemoaError] | int] = ()
     head: bool = False
@@ -141,14 +138,14 @@ def _operation(route: Route, method: str, known: list[tuple[Any, Any]]) -> dict[
                 "name": each.name,
                 "in": each.where,
                 "description": each.about,
-                "required": each.needed or each.where == "path",
+                "required": each.where == "path",
                 "schema": dict(each.schema),
             }
             for each in route.parameters
         ]
     if route.asks is not None:
         operation["requestBody"] = {
-            "required": route.needed,
+            "required": True,
             "content": {JSON: {"schema": _schema(route.asks, known)}},
         }
     responses = {

@@ -53,7 +53,7 @@ class ToolCall(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class Wishes(msgspec.Struct, frozen=True):
+class Wishes(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a user wishes of the answer's text, beyond how its tokens are picked.
 
     It concerns the answer alone and stays on this board: proposals are written freely. What was
