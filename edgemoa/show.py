@@ -19,7 +19,7 @@ class Terminal:
     def step(self, text: str) -> None:
         """A line of progress that stays."""
         self._wipe()
-        print(self._dim(f"· {_harmless(text)}"), file=self.err, flush=True)
+        print(self._dim(f"· {harmless(text)}"), file=self.err, flush=True)
 
     def pending(self, text: str) -> None:
         """A line of progress that the next one replaces; only on a terminal."""
@@ -31,7 +31,7 @@ class Terminal:
     def write(self, text: str) -> None:
         """A piece of the answer, which may have come from another board."""
         self._wipe()
-        self.out.write(_harmless(text))
+        self.out.write(harmless(text))
         self.out.flush()
 
     def _wipe(self) -> None:
@@ -122,7 +122,7 @@ def summary(answered: dict[str, Any]) -> str:
     granted = answered["granted"]
     why = f" ({granted['why']})" if granted["why"] else ""
     lines.append(f"plan {plan(granted)}{why}; {seconds(answered['total_ms'])} in all")
-    return _harmless("\n".join(lines))
+    return harmless("\n".join(lines))
 
 
 def _spent(job: dict[str, Any], prompt_tokens: int) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def cap(bound: dict[str, Any]) -> str:
 def headroom(room: dict[str, Any], names: dict[str, str]) -> str:
     """How many more prompts a minute there is room for with a plan, and who limits it."""
     plan = f"M={room['layers']} k={room['proposers']}" if room["layers"] else "alone  "
-    limits = ", ".join(_harmless(names.get(each, each[:7])) for each in room["limited_by"])
+    limits = ", ".join(harmless(names.get(each, each[:7])) for each in room["limited_by"])
     return f"{plan}  {max(room['prompts_per_min'], 0):6.1f}  {limits}"
 
 
@@ -198,7 +198,7 @@ def seconds(milliseconds: int) -> str:
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
     """Rows in columns; the first row is the heading."""
-    rows = [tuple(_harmless(cell) for cell in row) for row in rows]
+    rows = [tuple(harmless(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -206,6 +206,6 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     )
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text without what a terminal would act on, but for line ends and tabs."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -58,9 +58,7 @@ def test_name_out_of_the_device_tree_first(tmp_path: Path) -> None:
     assert board_name(tmp_path) == ""
     machine(tmp_path, {"sys/class/dmi/id/product_name": "NUC\n"})
     assert board_name(tmp_path) == "NUC"
-    machine(
-        tmp_path, {"sys/firmware/devicetree/base/model": "Raspberry Pi 4 Model B Rev 1.5\x00"}
-    )
+    machine(tmp_path, {"sys/firmware/devicetree/base/model": "Raspberry Pi 4 Model B Rev 1.5\x00"})
     assert board_name(tmp_path) == "Raspberry Pi 4 Model B Rev 1.5"
 
 

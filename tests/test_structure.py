@@ -22,6 +22,8 @@ ALLOWED = {
     "errors": set[str](),
     "log": set[str](),
     "show": set[str](),
+    "completion": set[str](),
+    "hardware": set[str](),
     "config": {"core", "errors"},
     "client": {"config", "errors"},
     "client_async": {"client", "errors"},
@@ -39,8 +41,7 @@ ALLOWED = {
 }
 JOINS = {
     "daemon", "demo", "cli", "cli_model", "cli_bench", "cli_sim", "cli_plan", "cli_peer_models",
-    "cli_chat",    "cli_devices",
-    "__main__",
+    "cli_chat", "cli_devices", "cli_status", "cli_doctor", "__main__",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "socket", "ssl", "threading", "time", "os", "logging", "subprocess", "select",

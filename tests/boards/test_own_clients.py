@@ -41,7 +41,7 @@ def test_ask_stream_and_fetch_say_the_same(board: LocalBoard) -> None:
     assert answer.trace["granted"]["layers"] == 0
 
     with client.stream(PROMPT, max_tokens=12) as stream:
-        assert stream.answer is None
+        assert not stream.answer
         pieces = list(stream)
     assert len(pieces) > 1
     streamed = stream.answer
