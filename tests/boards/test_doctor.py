@@ -36,7 +36,7 @@ def test_a_board_that_is_well(
         for what in ("edgemoa", "packages", "board", "settings", "state", "disk", "socket"):
             assert found[what]["level"] == "ok", found[what]
         assert found["model"]["told"].startswith("smollm2-135m-instruct")
-        assert found["daemon"]["told"].startswith(board.name)
+        assert found["daemon"]["told"].endswith(f"process {board.process.pid}")
         assert found["engine"]["level"] == "ok"
         assert found["queue"]["told"].startswith("0 running, 0 waiting")
         assert (found["peers"]["level"], "edgemoa join" in found["peers"]["todo"]) == ("warn", True)
