@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = _command(commands, "ask", _ask, "ask the group, through this board's daemon")
     ask.add_argument("prompt", nargs="?", help="the prompt; read from standard input if left out")
+    ask.add_argument("--plan", metavar="PLAN", help="M2k3: two layers of three peers; or alone")
     ask.add_argument("--layers", "-M", type=_count(0, 8), help="layers of proposals")
     ask.add_argument("--proposers", "-k", type=_count(0, 16), help="peers per layer")
     ask.add_argument("--no-peers", action="store_true", help="this board alone")
@@ -120,10 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     _socket_option(trace)
 
     status = _command(commands, "status", _status, "how this board is doing")
+    status.add_argument(
+        "--watch",
+        "-w",
+        nargs="?",
+        type=_count(1, 3600),
+        const=2,
+        metavar="SECONDS",
+        help="show it again and again, every 2 s or as often as you say; Ctrl-C ends it",
+    )
     status.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(status)
 
     from edgemoa import cli_devices
+
+    doctor = _command(
+        commands, "doctor", _doctor, "check this board, and say what to do about what is wrong"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _socket_option(doctor)
+    _config_options(doctor)
 
     devices = _command(commands, "devices", _devices, "boards of the group, and others in sight")
     devices.add_argument("--json", action="store_true", help="print one JSON object")
@@ -165,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
 
     config = _command(commands, "config", _config, "show every setting, as a configuration file")
     config.add_argument("--check", metavar="FILE", help="only say whether FILE is valid")
+
+    completion = _command(commands, "completion", _completion, "completion for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
     sim = _command(commands, "sim", _sim, "simulate a group of boards on a virtual clock")
     cli_sim.add_arguments(sim)
@@ -305,11 +325,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from edgemoa import show
+    from edgemoa.client import ALONE, plan_of
 
     text = _prompt(_standard_input() if arguments.prompt is None else arguments.prompt)
     extra: dict[str, Any] = {"events": True}
-    if arguments.no_peers:
-        extra |= {"layers": 0, "proposers": 0}
+    if arguments.no_peers or arguments.plan:
+        extra |= plan_of(ALONE if arguments.no_peers else arguments.plan)
     for key in ("layers", "proposers"):
         if getattr(arguments, key) is not None:
             extra[key] = getattr(arguments, key)
@@ -353,55 +374,21 @@ def _trace(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from edgemoa import show
+    from edgemoa import cli_status
 
-    status = _client(arguments).get("/v1/status")
-    if arguments.json:
-        print(json.dumps(status))
-        return 0
-    engine = f"{status['model'] or 'no model'}, {'ready' if status['ready'] else 'not ready'}"
-    print(f"{status['name']}  {status['id']}")
-    print(f"model    {engine}, {status['engine']['restarts']} restarts")
-    if status["engine"]["trouble"]:
-        print(f"         {status['engine']['trouble']}")
-    if status["engine"]["note"]:
-        print(f"         {status['engine']['note']}")
-    if status["backend"]:
-        print(
-            f"engine   {status['backend']}, {status['slots']} jobs at a time, "
-            f"{status['threads']} threads, room for {status['budget_tokens']} tokens"
-        )
-    print(
-        f"queue    {status['running']} running, {status['waiting']} waiting, "
-        f"{show.seconds(status['expected_wait_ms'])} expected wait"
-    )
-    print(
-        f"load     {status['utilisation']:.0%} of what this board can do, "
-        f"{status['peers_utilisation']:.0%} for peers; "
-        f"{status['prompts_per_min']:.1f} prompts a minute of its own"
-    )
-    print(
-        f"bounds   {status['prompts']} of {status['own_requests_cap']} own prompts, "
-        f"{status['peer_jobs']} of {status['peer_jobs_cap']} peers' jobs"
-    )
-    for whose, cap in status["caps"].items():
-        print(f"         {whose}: {show.cap(cap)}")
-    for kind, milliseconds in status["service_ms"].items():
-        print(f"average  {show.seconds(milliseconds)} of the model's time for a {kind}")
-    if speed := show.speed(status["rates"]):
-        print("speed    tokens a second, by context and jobs at a time")
-        print("\n".join(f"         {line}" for line in speed.splitlines()))
-    names = {peer["id"]: peer["name"] for peer in status["peers"]} | {status["id"]: "this board"}
-    print("room     for more prompts a minute, by plan, and who limits it")
-    for each in status["headroom"]:
-        print(f"         {show.headroom(each, names)}")
-    peers = status["peers"]
-    print(f"peers    {sum(p['accepting'] for p in peers)} of {len(peers)} at hand")
-    for peer in peers:
-        print(
-            f"         {peer['name']}: {peer['presence']}, {peer['waiting']} waiting, "
-            f"{peer['utilisation']:.0%} loaded, {show.seconds(peer['proposal_ms'])} a proposal"
-        )
+    return cli_status.run(_client(arguments), arguments.watch, as_json=arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_doctor
+
+    return cli_doctor.run(arguments, lambda: _load(arguments))
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from edgemoa import completion
+
+    print(completion.script(_parser(), arguments.shell), end="")
     return 0
 
 
@@ -517,5 +504,4 @@ def _standard_input() -> str:
 def _client(arguments: argparse.Namespace) -> Any:
     from edgemoa.client import Client
 
-    path = arguments.socket or os.environ.get("EDGEMOA_API_SOCKET")
-    return Client(Path(path).expanduser() if path else None)
+    return Client(arguments.socket)

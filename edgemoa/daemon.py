@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any, Final, Literal
@@ -25,12 +26,15 @@ import msgspec
 
 from edgemoa.api.doors import Door, Keys, open_door
 from edgemoa.api.server import Api
+from edgemoa.api.service import Card, Lender, PeerModels, Vector
+from edgemoa.api.service import Device as DeviceState
 from edgemoa.config import Config
 from edgemoa.core import limits
 from edgemoa.core.events import (
     Effect,
     EngineInfo,
     Failed,
+    Given,
     ReadAhead,
     Request,
     RequestEvent,
@@ -55,7 +59,7 @@ from edgemoa.engine.memory import available_bytes
 from edgemoa.engine.tuning import Tuning
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.journal import Journal
-from edgemoa.models.library import ModelLibrary, read_manifest
+from edgemoa.models.library import MANIFEST, ModelLibrary, read_manifest
 from edgemoa.net.identity import load_identity
 from edgemoa.net.network import Device, Network
 from edgemoa.net.pairing import JoinSecret, parse_join_secret
@@ -96,6 +100,7 @@ class Daemon:
         self._lag_ms_max = 0.0
         self._probing = False
         self._board: tuning.Board
+        self._card: Card
         self._engine_trouble = ""  # why there is no model process, while there is none
         self._learned: Learned | None = None  # as it was kept last
         self._node: Node
@@ -152,6 +157,7 @@ class Daemon:
             shelf=LibraryShelf(self._library),
         )
         tuned = await asyncio.to_thread(self._tuned, model_dir)
+        self._card = await asyncio.to_thread(_card, config.model.name, model_dir)
         self._engine = Engine(
             model_dir,
             config.model.name,
@@ -242,6 +248,7 @@ class Daemon:
         """Now and then: what a power cut takes away is learned again within minutes."""
         while True:
             await asyncio.sleep(LEARNED_KEPT_EVERY_S)
+            _trim_memory()
             await self._remember(store)
 
     async def _remember(self, store: Store) -> None:
@@ -362,52 +369,65 @@ class Daemon:
     # --- what the API asks
 
     def plan(self) -> tuple[int, int, int, int]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         moa = self._config.moa
         return moa.layers, moa.proposers, moa.max_tokens, moa.deadline_s * 1000
 
     def own_model(self) -> tuple[str, int]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         info = self._node.engine
         return self._config.model.name, info.context_tokens if info else 0
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
-        """See :class:`edgemoa.api.server.Service`."""
+    def card(self) -> Card:
+        """See :class:`edgemoa.api.service.Service`."""
+        info = self._node.engine
+        if info is None:
+            return self._card
+        return replace(self._card, calls_tools=info.calls_tools, embeds=info.embeds)
+
+    async def embed(self, texts: Sequence[str]) -> list[Vector]:
+        """See :class:`edgemoa.api.service.Service`."""
+        await self._engine_started.wait()
+        told = await self._engine.embed(texts)
+        return [Vector(each.vector, each.tokens) for each in told.embeddings]
+
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
+        """See :class:`edgemoa.api.service.Service`."""
         await self._engine_started.wait()  # the API listens a moment earlier
-        return await self._engine.measure(messages)
+        return await self._engine.measure(messages, given)
 
     async def check_schema(self, schema: str) -> None:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         await self._engine.check_schema(schema)
 
     def refusal(self) -> Failed | None:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return self._node.turned_away(self._now_ms())
 
     def new_request_id(self) -> str:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return self._desk.new_id()
 
     async def take(self, prompt: Prompt) -> str | Failed:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return await self._desk.take(prompt)
 
     def follow(
         self, request_id: str, owner: str, *, holds: bool = False
     ) -> AsyncIterator[RequestEvent]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return self._desk.follow(request_id, owner, holds=holds)
 
     async def find(self, request_id: str, owner: str) -> Ticket | None:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return await self._desk.find(request_id, owner)
 
     def unfinished(self, owner: str) -> list[Ticket]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return self._desk.unfinished(owner)
 
     async def forget(self, request_id: str, owner: str) -> bool:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         return await self._desk.forget(request_id, owner)
 
     # --- what the desk asks
@@ -426,7 +446,7 @@ class Daemon:
         return node.engine_ready and not self._stopped and node.refusal(self._now_ms()) is None
 
     def status(self) -> dict[str, Any]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         status: dict[str, Any] = msgspec.to_builtins(snapshot(self._node, self._now_ms()))
         status["engine"] = {
             "pid": self._engine.pid,
@@ -441,12 +461,12 @@ class Daemon:
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
         return status
 
-    def devices(self) -> list[dict[str, Any]]:
-        """See :class:`edgemoa.api.server.Service`."""
+    def devices(self) -> list[DeviceState]:
+        """See :class:`edgemoa.api.service.Service`."""
         peers = {peer.id: peer for peer in snapshot(self._node, self._now_ms()).peers}
         devices = []
         for device in self._network.devices():
-            told: dict[str, Any] = msgspec.to_builtins(device)
+            told: DeviceState = msgspec.to_builtins(device)
             peer = peers.get(device.id)
             if peer is not None:
                 told |= {
@@ -460,27 +480,27 @@ class Daemon:
             devices.append(told)
         return devices
 
-    async def peer_models(self) -> dict[str, Any]:
-        """See :class:`edgemoa.api.server.Service`."""
+    async def peer_models(self) -> PeerModels:
+        """See :class:`edgemoa.api.service.Service`."""
         paired = [d for d in self._network.devices() if d.state == "paired"]
         boards = await asyncio.gather(*(self._lends(device) for device in paired))
         return {"models_dir": str(self._library.root), "boards": boards}
 
-    async def _lends(self, device: Device) -> dict[str, Any]:
-        told: dict[str, Any] = {"id": device.id, "name": device.name, "models": [], "detail": ""}
+    async def _lends(self, device: Device) -> Lender:
+        told: Lender = {"id": device.id, "name": device.name, "models": [], "detail": ""}
         if not device.linked:
-            return told | {"detail": device.detail or "it is not there now"}
+            return {**told, "detail": device.detail or "it is not there now"}
         async with self._asking:
             try:
                 async with asyncio.timeout(PEER_MODELS_S), self._network.borrow(device.id) as there:
-                    return told | {"models": msgspec.to_builtins(await there.offers())}
+                    return {**told, "models": msgspec.to_builtins(await there.offers())}
             except TimeoutError:
-                return told | {"detail": "it does not answer in time"}
+                return {**told, "detail": "it does not answer in time"}
             except EdgemoaError as error:
-                return told | {"detail": str(error)}
+                return {**told, "detail": str(error)}
 
     async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         async with self._network.borrow(board) as lender:
             return await lender.manifest(model_id)
 
@@ -488,7 +508,7 @@ class Daemon:
     async def peer_file(
         self, board: BoardId, model_id: str, file: str, offset: int
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """See :class:`edgemoa.api.server.Service`."""
+        """See :class:`edgemoa.api.service.Service`."""
         async with self._network.borrow(board) as lender:
             yield await lender.file(model_id, file, offset)
 
@@ -590,12 +610,37 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
+def _trim_memory() -> None:
+    """Give back what was freed in small pieces, by a flood for example: a millisecond or two."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _queue_bytes(memory_mb: int) -> int:
     """What prompts and proposals may take up here: a third each for its own, for peers', and for
     requests that arrive."""
     if memory_mb:
         return memory_mb * limits.MIB
     return min(available_bytes() // 8, MOST_QUEUE_BYTES)
+
+
+def _card(name: str, model_dir: Path) -> Card:
+    """What the model's manifest says of it. Blocks on the disk.
+
+    :raises ModelInvalidError: it has none that can be read.
+    """
+    manifest = read_manifest(model_dir)
+    return Card(
+        name,
+        digest=manifest.model_id,
+        size_bytes=manifest.size_bytes,
+        created=round((model_dir / MANIFEST).stat().st_mtime),
+        architecture=manifest.architecture,
+        parameters=manifest.parameters or 0,
+        quantization=manifest.quantization or "",
+        context_length=manifest.context_length,
+        layers=manifest.layers,
+    )
 
 
 def _strategy(config: Config) -> Synthesis:

@@ -24,6 +24,7 @@ ALLOWED = {
     "show": set[str](),
     "config": {"core", "errors"},
     "client": {"config", "errors"},
+    "client_async": {"client", "errors"},
     "core": {"errors"},
     "store": {"core", "errors"},
     "net": {"core", "config", "errors", "store"},

@@ -7,18 +7,21 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Annotated, Final, Protocol, TypedDict, TypeVar
 
 import msgspec
 from aiohttp import web
 
-from edgemoa.api import openai
+from edgemoa.api.answers import json_response
+from edgemoa.api.arrivals import read_small
+from edgemoa.api.routes import Route, ok
+from edgemoa.api.service import Device
 from edgemoa.core import envelope, limits
 from edgemoa.core.messages import BoardId
-from edgemoa.errors import PeerError, UserError
+from edgemoa.errors import NetworkError, PeerError, UserError
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
-_MAX_BODY_BYTES: Final = 4 * limits.KIB
+_ERRORS: Final = (UserError, NetworkError, PeerError)
 T = TypeVar("T")
 _Text = Annotated[str, msgspec.Meta(max_length=300)]
 
@@ -35,64 +38,139 @@ class Gate(Protocol):
     async def unpair(self, board: BoardId, reason: str) -> None: ...
 
 
-class _Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Code(msgspec.Struct):
+    code: str
+    expires_in_s: int
+
+
+class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     code: _Text
     address: _Text = ""
 
 
-class _Which(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Which(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: _Text
     address: _Text = ""
     name: Annotated[str, msgspec.Meta(max_length=limits.MAX_NAME_BYTES)] = ""
 
 
-def routes(gate: Gate) -> list[web.RouteDef]:
+class Renamed(msgspec.Struct):
+    id: str
+    name: str
+
+
+class Revoked(msgspec.Struct):
+    id: str
+
+
+class Window(TypedDict):
+    """How pairing by a code goes: whether it is open, for how long, who came, and why it is not."""
+
+    open: bool
+    left_s: int
+    failures: int
+    joined: list[str]
+    closed: str
+
+
+def routes(gate: Gate) -> list[Route]:
     """The routes, to be added to an application."""
 
     async def open_window(http: web.Request) -> web.Response:
         _check_owner(http)
         code, seconds = gate.open_window()
-        return _json({"code": code, "expires_in_s": round(seconds)})
+        return json_response(Code(code, round(seconds)))
 
     async def window(http: web.Request) -> web.Response:
         _check_owner(http)
-        return _json(gate.window())
+        return json_response(gate.window())
 
     async def close_window(http: web.Request) -> web.Response:
         _check_owner(http)
         gate.close_window()
-        return _json(gate.window())
+        return json_response(gate.window())
 
     async def join(http: web.Request) -> web.Response:
         _check_owner(http)
-        asked = await _body(http, _Join)
-        return _json(await gate.join(asked.code, asked.address))
+        asked = await _body(http, Join)
+        return json_response(await gate.join(asked.code, asked.address))
 
     async def accept(http: web.Request) -> web.Response:
         _check_owner(http)
-        asked = await _body(http, _Which)
-        return _json(await gate.accept(_board(asked.id), asked.address))
+        asked = await _body(http, Which)
+        return json_response(await gate.accept(_board(asked.id), asked.address))
 
     async def rename(http: web.Request) -> web.Response:
         _check_owner(http)
-        asked = await _body(http, _Which)
+        asked = await _body(http, Which)
         await gate.rename(_board(asked.id), asked.name)
-        return _json({"id": asked.id, "name": asked.name})
+        return json_response(Renamed(asked.id, asked.name))
 
     async def revoke(http: web.Request) -> web.Response:
         _check_owner(http)
-        asked = await _body(http, _Which)
+        asked = await _body(http, Which)
         await gate.unpair(_board(asked.id), "revoked here")
-        return _json({"id": asked.id})
+        return json_response(Revoked(asked.id))
 
     return [
-        web.post("/v1/pairing", open_window),
-        web.get("/v1/pairing", window, allow_head=False),
-        web.delete("/v1/pairing", close_window),
-        web.post("/v1/pairing/join", join),
-        web.post("/v1/devices/accept", accept),
-        web.post("/v1/devices/rename", rename),
-        web.post("/v1/devices/revoke", revoke),
+        Route(
+            method="POST",
+            path="/v1/pairing",
+            handler=open_window,
+            about="Let boards pair with this one by a code, for a while",
+            told=ok("The code, told this once", Code),
+            errors=_ERRORS,
+        ),
+        Route(
+            method="GET",
+            path="/v1/pairing",
+            handler=window,
+            about="How pairing by a code goes",
+            told=ok("How", Window),
+        ),
+        Route(
+            method="DELETE",
+            path="/v1/pairing",
+            handler=close_window,
+            about="Let no more boards pair by the code",
+            told=ok("How it went", Window),
+        ),
+        Route(
+            method="POST",
+            path="/v1/pairing/join",
+            handler=join,
+            about="Pair with the board that shows a code",
+            asks=Join,
+            told=ok("That board", Device),
+            errors=_ERRORS,
+        ),
+        Route(
+            method="POST",
+            path="/v1/devices/accept",
+            handler=accept,
+            about="Trust a board by its identity",
+            asks=Which,
+            told=ok("That board", Device),
+            errors=_ERRORS,
+        ),
+        Route(
+            method="POST",
+            path="/v1/devices/rename",
+            handler=rename,
+            about="Call a board by another name",
+            asks=Which,
+            told=ok("Its name", Renamed),
+            errors=_ERRORS,
+        ),
+        Route(
+            method="POST",
+            path="/v1/devices/revoke",
+            handler=revoke,
+            about="Put a board out, everywhere",
+            asks=Which,
+            told=ok("It is out", Revoked),
+            errors=_ERRORS,
+        ),
     ]
 
 
@@ -107,14 +185,9 @@ def _check_owner(http: web.Request) -> None:
 
 
 async def _body(http: web.Request, kind: type[T]) -> T:
-    data = await http.content.read(_MAX_BODY_BYTES + 1)
-    while 0 < len(data) <= _MAX_BODY_BYTES and (more := await http.content.readany()):
-        data += more
     try:
-        if len(data) > _MAX_BODY_BYTES:
-            raise msgspec.ValidationError("it is too long")
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(await read_small(http), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # Not what was sent: a code may be in it.
         text = "it is not JSON" if not isinstance(error, msgspec.ValidationError) else str(error)
         raise UserError(f"the request cannot be read: {text}", hint="see the README") from None
@@ -125,7 +198,3 @@ def _board(text: str) -> BoardId:
         return envelope.check_board_id(text)
     except PeerError as error:
         raise UserError(str(error), hint="see `edgemoa devices`") from None
-
-
-def _json(value: Any) -> web.Response:
-    return web.Response(body=openai.encode(value), content_type="application/json")

@@ -1,6 +1,6 @@
-"""OpenAI's shapes: requests checked and understood, answers and errors put into words.
+"""OpenAI's shapes: requests checked and understood, errors and models put into words.
 
-Pure: no socket, no clock but the ``created`` argument. What a client sends is decoded straight
+Pure: no socket, no clock. What a client sends is decoded straight
 into bounded types; what edgemoa does not do is refused where ignoring it would change the answer.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from edgemoa.api import turns
+from edgemoa.api.turns import Choice, Tool, Turn, to_json
 from edgemoa.core import limits
-from edgemoa.core.events import Answered, RequestEvent, TokenLogprob, Wishes
-from edgemoa.core.messages import ChatMessage, Role, Sampling
+from edgemoa.core.events import Given, Wishes
+from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.errors import (
     EdgemoaError,
     InvalidPromptError,
@@ -26,24 +28,23 @@ from edgemoa.errors import (
 )
 
 GROUP_MODEL = "edgemoa"
-_PLAN = re.compile(r"edgemoa:M(\d)k(\d{1,2})")
+MAX_ANSWERS: Final = 8  # to one request
+_PLAN = re.compile(r"M(\d)k(\d{1,2})")
 _FORMS = (  # how llama.cpp and vLLM are told what form the answer has
     *("grammar", "json_schema", "structured_outputs"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
 _REFUSED = {
-    **dict.fromkeys(("tools", "functions", "audio"), "leave it out"),
+    **dict.fromkeys(("functions", "function_call"), "use 'tools'"),
+    "audio": "leave it out",
     **dict.fromkeys(_FORMS, "a JSON schema goes in 'response_format'"),
 }
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class Turn(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_StopText: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Stop: TypeAlias = _StopText | Annotated[list[_StopText], Meta(max_length=8)]
+"""What ends a text, before itself."""
 
 
 class StreamOptions(msgspec.Struct):
@@ -65,25 +66,29 @@ class ResponseFormat(msgspec.Struct):
     schema: dict[str, Any] | None = None
 
 
-class Extra(msgspec.Struct, forbid_unknown_fields=True):
-    """What a request may ask of edgemoa beyond OpenAI's fields, under ``"edgemoa"``."""
+class Extra(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a request may ask of edgemoa beyond OpenAI's fields, under ``"edgemoa"``.
 
+    ``trace`` has the answer say how it came about; without it, whole answers do, and streams where
+    usage is told.
+    """
+
+    plan: Annotated[str, Meta(max_length=64)] | None = None  # M2k3: layers and proposers in one
     layers: Annotated[int, Meta(ge=0, le=limits.MAX_LAYERS)] | None = None
     proposers: Annotated[int, Meta(ge=0, le=limits.MAX_PROPOSERS)] | None = None
     deadline_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] | None = None
     strict: bool = False  # refuse what cannot be had as it was asked for, instead of less
     events: bool = False  # stream what happens while the boards work
+    trace: bool | None = None
 
 
-class ChatRequest(msgspec.Struct):
-    """``POST /v1/chat/completions``, as far as it is understood."""
+class Asked(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What chat and text completions have in common, as far as it is understood."""
 
-    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_TURNS)]
     model: str = GROUP_MODEL
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
@@ -102,16 +107,12 @@ class ChatRequest(msgspec.Struct):
         ]
         | None
     ) = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    seed: int | None = None
-    stop: str | Annotated[list[str], Meta(max_length=8)] | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
     edgemoa: Extra = msgspec.field(default_factory=Extra)
+    n: Annotated[int, Meta(ge=1, le=MAX_ANSWERS)] | None = None
     # Understood only as far as leaving them out would give another answer; see _REFUSED.
-    n: int | None = None
-    tools: Any = None
-    functions: Any = None
     audio: Any = None
     grammar: Any = None
     json_schema: Any = None
@@ -121,56 +122,58 @@ class ChatRequest(msgspec.Struct):
     guided_choice: Any = None
     guided_grammar: Any = None
 
-    def conversation(self) -> tuple[ChatMessage, ...]:
-        """The turns as the core knows them.
 
-        :raises InvalidPromptError: empty, too large, or not ending with the user's turn.
+class ChatRequest(Asked, kw_only=True, omit_defaults=True):
+    """``POST /v1/chat/completions``, as far as it is understood."""
+
+    messages: Annotated[list[Turn], Meta(max_length=limits.MAX_TURNS)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_COMPLETION_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=limits.MAX_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(min_length=1)] | None = None
+    functions: Any = None
+    function_call: Any = None
+
+    def prompt(self) -> tuple[tuple[ChatMessage, ...], Given]:
+        """The turns as the core knows them, and how they are to be read.
+
+        :raises InvalidPromptError: empty, too large, or not ending with a turn to be answered.
         """
-        turns = []
-        for turn in self.messages:
-            if turn.role in ("tool", "function"):
-                raise InvalidPromptError("tool results are not supported")
-            role: Role = "system" if turn.role == "developer" else turn.role  # type: ignore[assignment]
-            content = turn.content or ""
-            if isinstance(content, list):
-                content = "".join(part.text for part in content)
-            turns.append(ChatMessage(role, content))
-        if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
-            raise InvalidPromptError(
-                "the prompt is empty", hint="the last message must be the user's and say something"
-            )
-        size_bytes = sum(len(turn.content.encode()) for turn in turns)
-        if size_bytes > limits.MAX_PROMPT_BYTES:
-            raise InvalidPromptError(
-                f"the conversation has {size_bytes} bytes, more than {limits.MAX_PROMPT_BYTES}",
-                hint="send less of it",
-            )
-        return tuple(turns)
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return turns.conversation(self.messages, tools)
 
-    def plan(self, own_model: str, layers: int, proposers: int) -> tuple[int, int]:
+    def plan(
+        self, own_model: str, layers: int, proposers: int, *, alone: bool = False
+    ) -> tuple[int, int]:
         """(M, k) as asked for; ``layers`` and ``proposers`` are this board's configuration.
 
+        :param alone: whether only this board's own model can do it.
         :raises ModelNotFoundError: a model that is neither the group nor this board's own.
+        :raises UserError: a plan was asked for and cannot be had.
         """
-        if match := _PLAN.fullmatch(self.model):
-            layers, proposers = int(match[1]), int(match[2])
-            if layers > limits.MAX_LAYERS or proposers > limits.MAX_PROPOSERS:
-                raise UserError(
-                    f"the plan {self.model} is too large",
-                    hint=f"at most M{limits.MAX_LAYERS}k{limits.MAX_PROPOSERS}",
-                )
-        elif self.model == own_model:
-            layers, proposers = 0, 0
-        elif self.model != GROUP_MODEL:
-            raise ModelNotFoundError(
-                f"there is no model '{self.model[:64]}' here",
-                hint=f"ask for '{GROUP_MODEL}', 'edgemoa:M1k2' or '{own_model}'",
+        named, extra = plan_of(self.model, own_model), self.edgemoa
+        asked = named
+        if extra.plan is not None:
+            if extra.layers is not None or extra.proposers is not None:
+                raise UserError("a plan is named, and its parts as well", hint="leave one out")
+            asked = _plan(extra.plan)
+        elif extra.layers is not None or extra.proposers is not None:
+            usual = named if named is not None else (layers, proposers)
+            asked = (
+                usual[0] if extra.layers is None else extra.layers,
+                usual[1] if extra.proposers is None else extra.proposers,
             )
-        extra = self.edgemoa
-        return (
-            layers if extra.layers is None else extra.layers,
-            proposers if extra.proposers is None else extra.proposers,
-        )
+        if not alone:
+            return asked if asked is not None else (layers, proposers)
+        if asked is not None and all(asked):
+            raise UserError(
+                "tools and bare texts are for this board's model alone, without proposals",
+                hint="leave the plan out",
+            )
+        return 0, 0
 
     def sampling(self, default_max_tokens: int, chance: int = 0) -> Sampling:
         """How the answer is to be written; greedy unless told otherwise.
@@ -178,14 +181,10 @@ class ChatRequest(msgspec.Struct):
         :param chance: the seed for a request without one.
         :raises UserError: for what cannot be done.
         """
-        if self.n not in (None, 1):
-            raise UserError("'n' is not supported", hint="leave it out")
         for name, hint in _REFUSED.items():
             if getattr(self, name):
                 raise UserError(f"'{name}' is not supported", hint=hint)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if any(not 0 < len(text) <= 256 for text in stop):
-            raise UserError("a stop string must have 1 to 256 characters", hint="see 'stop'")
         return Sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens or default_max_tokens,
             temperature=self.temperature or 0.0,
@@ -199,8 +198,9 @@ class ChatRequest(msgspec.Struct):
             frequency_penalty=self.frequency_penalty or 0.0,
         )
 
-    def wishes(self, max_tokens: int) -> Wishes:
-        """What else the answer should be; ``max_tokens`` are those of its :meth:`sampling`.
+    def wishes(self, max_tokens: int, given: Given = "turns") -> Wishes:
+        """What else the answer should be; ``max_tokens`` are those of its :meth:`sampling`, and
+        ``given`` is what its :meth:`prompt` said.
 
         :raises UserError: for what cannot be done.
         """
@@ -214,8 +214,18 @@ class ChatRequest(msgspec.Struct):
                 )
         elif self.top_logprobs:
             raise UserError("'top_logprobs' goes with 'logprobs'", hint='set "logprobs": true')
+        schema = self._schema()
+        parallel = self.parallel_tool_calls is not False
+        tools, call = turns.offered(self.tools or [], self.tool_choice, parallel=parallel)
+        if tools is not None and (schema or logprobs >= 0):
+            raise UserError(
+                f"tools and '{'response_format' if schema else 'logprobs'}' cannot go together",
+                hint='leave one of them out, or set "tool_choice": "none"',
+            )
         return Wishes(
-            schema=self._schema(),
+            schema=_bounded(call) or schema,
+            given=given,
+            tools=tools,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
         )
@@ -240,23 +250,63 @@ class ChatRequest(msgspec.Struct):
             schema = form.json_schema.schema
         else:
             schema = form.schema or {"type": "object"}
-        try:
-            text = encode(schema).decode()
-        except (RecursionError, UnicodeError):
-            raise UserError("the JSON schema cannot be read", hint="check it") from None
-        if len(text.encode()) > limits.MAX_SCHEMA_BYTES:
-            raise UserError(
-                f"the JSON schema has more than {limits.MAX_SCHEMA_BYTES} bytes",
-                hint="use a smaller one",
-            )
-        return text
+        return _bounded(to_json(schema, "the JSON schema"))
 
 
-_decoder = msgspec.json.Decoder(ChatRequest)
+class BareRequest(ChatRequest, kw_only=True):
+    """One that asks how a text goes on: its one turn is read as it stands."""
+
+    def prompt(self) -> tuple[tuple[ChatMessage, ...], Given]:
+        """See :class:`ChatRequest`."""
+        return turns.bare("".join(turn.text for turn in self.messages))
+
+
+def _bounded(schema: str) -> str:
+    if len(schema.encode()) > limits.MAX_SCHEMA_BYTES:
+        raise UserError(
+            f"the JSON schema has more than {limits.MAX_SCHEMA_BYTES} bytes",
+            hint="use a smaller one",
+        )
+    return schema
+
+
 encode = msgspec.json.Encoder().encode
+T = TypeVar("T")
 
 
-def decode_chat_request(body: bytes) -> ChatRequest:
+def plan_of(model: str, own_model: str) -> tuple[int, int] | None:
+    """(M, k) that a model's name stands for; None for the group with the configured plan.
+
+    :raises ModelNotFoundError: it is neither the group nor this board's own model.
+    :raises UserError: that plan is too large.
+    """
+    if model == GROUP_MODEL:
+        return None
+    if own_model and model == own_model:
+        return 0, 0
+    group, _, plan = model.partition(":")
+    if group == GROUP_MODEL and _PLAN.fullmatch(plan):
+        return _plan(plan)
+    raise ModelNotFoundError(
+        f"there is no model '{model[:64]}' here",
+        hint=f"ask for '{GROUP_MODEL}', '{GROUP_MODEL}:M1k2' or '{own_model}'",
+    )
+
+
+def _plan(text: str) -> tuple[int, int]:
+    match = _PLAN.fullmatch(text)
+    if match is None:
+        raise UserError("that is no plan", hint="write e.g. M2k3: 2 layers of 3 peers")
+    layers, proposers = int(match[1]), int(match[2])
+    if layers > limits.MAX_LAYERS or proposers > limits.MAX_PROPOSERS:
+        raise UserError(
+            f"the plan {text} is too large",
+            hint=f"at most M{limits.MAX_LAYERS}k{limits.MAX_PROPOSERS}",
+        )
+    return layers, proposers
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Read a request body.
 
     :raises InvalidPromptError: it is not UTF-8.
@@ -269,7 +319,7 @@ def decode_chat_request(body: bytes) -> ChatRequest:
             f"the request is not valid UTF-8 (byte {error.start})", hint="encode it as UTF-8"
         ) from None
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise UserError(f"the request does not fit: {error}", hint="see the README") from None
     except RecursionError:
@@ -278,26 +328,56 @@ def decode_chat_request(body: bytes) -> ChatRequest:
         raise UserError(f"the request is not valid JSON: {error}", hint="check the body") from None
 
 
-def digest(ask: ChatRequest) -> bytes:
-    """16 bytes that tell a prompt from another: what is asked, not how the answer is sent."""
-    asked = msgspec.structs.replace(ask, stream=None, stream_options=None)
-    return hashlib.sha256(msgspec.json.encode(asked)).digest()[:16]
+chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
+
+
+def digest(path: str, asks: Sequence[ChatRequest]) -> bytes:
+    """16 bytes that tell what is asked from all else, however the answer is sent.
+
+    :raises UserError: see :func:`edgemoa.api.turns.to_json`.
+    """
+    asked = [msgspec.structs.replace(ask, stream=False, stream_options=None) for ask in asks]
+    return hashlib.sha256(to_json([path, asked], "the request").encode()).digest()[:16]
 
 
 class ErrorBody(msgspec.Struct):
+    """``message`` says what is wrong and what to do; ``code`` is one of the README's table."""
+
     message: str
     type: str
     code: str
     param: None = None
 
 
-def error_json(error: EdgemoaError) -> dict[str, Any]:
-    """An error in OpenAI's shape. The hint is part of the sentence: clients show only that."""
-    message = f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
-    told: dict[str, Any] = {"error": ErrorBody(message, error.kind, error.code)}
-    if isinstance(error, OverloadedError) and error.position:
-        told["edgemoa"] = {"position": error.position, "retry_after_s": error.retry_after_s}
+class Refusal(msgspec.Struct):
+    """Where a full board is the reason: how many are before, and when to come back."""
+
+    position: int
+    retry_after_s: int
+
+
+class Error(msgspec.Struct):
+    error: ErrorBody
+    edgemoa: Refusal | UnsetType = UNSET
+
+
+def sentence(error: EdgemoaError) -> str:
+    """What is wrong and what to do, in one sentence: clients show only that."""
+    return f"{str(error).rstrip('.')}: {error.hint}" if error.hint else str(error)
+
+
+def error_json(error: EdgemoaError) -> Error:
+    """An error in OpenAI's shape."""
+    told = Error(ErrorBody(sentence(error), error.kind, error.code))
+    told.edgemoa = refusal(error)
     return told
+
+
+def refusal(error: EdgemoaError) -> Refusal | UnsetType:
+    """What a full board says besides."""
+    if isinstance(error, OverloadedError) and error.position:
+        return Refusal(error.position, error.retry_after_s)
+    return UNSET
 
 
 def error_headers(error: EdgemoaError) -> dict[str, str]:
@@ -307,122 +387,23 @@ def error_headers(error: EdgemoaError) -> dict[str, str]:
     return {}
 
 
-class PromptDetails(msgspec.Struct):
-    cached_tokens: int = 0  # that this board need not read for this request
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails = msgspec.field(default_factory=PromptDetails)
-
-
-class Delta(msgspec.Struct, omit_defaults=True):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class TopLogprob(msgspec.Struct):
-    """``bytes`` because a token may be part of a character, for which ``token`` has U+FFFD."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ContentLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(msgspec.Struct):
-    content: list[ContentLogprob]
-    refusal: None = None
-
-
-class ChunkChoice(msgspec.Struct):
-    delta: Delta
-    finish_reason: str | None = None
-    index: int = 0
-    logprobs: Logprobs | None = None
-
-
-class Chunk(msgspec.Struct):
-    """One event of a stream. ``edgemoa`` is ours; clients pass over it."""
+class Model(msgspec.Struct):
+    """``GET /v1/models/ID``."""
 
     id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    object: str = "chat.completion.chunk"
-    usage: Usage | UnsetType | None = UNSET
-    edgemoa: RequestEvent | UnsetType = UNSET
+    created: int = 0
+    object: Literal["model"] = "model"
+    owned_by: str = "edgemoa"
 
 
-def usage(answered: Answered) -> Usage:
-    """OpenAI's token counts: the user's prompt and the answer, whatever the boards read besides.
+class Models(msgspec.Struct):
+    """``GET /v1/models``."""
 
-    Cached is what of the user's prompt this board knew before its first job for it: its own
-    proposal, or the answer. What each job read and found is in ``edgemoa``.
-    """
-    prompt, total = answered.prompt_tokens, answered.prompt_tokens + answered.tokens
-    first = next((p for p in answered.proposals if p.own and p.layer == 1), answered)
-    details = PromptDetails(min(first.cached_tokens, prompt))
-    return Usage(prompt, answered.tokens, total, details)
+    data: list[Model]
+    object: Literal["list"] = "list"
 
 
-def finish_reason(answered: Answered) -> str:
-    """OpenAI's word for how the text ended; a deadline cut it like a length does."""
-    return "stop" if answered.finish == "stop" else "length"
-
-
-def logprobs(tokens: Iterable[TokenLogprob]) -> Logprobs:
-    """The probabilities of an answer's tokens, or of a piece's."""
-    return Logprobs(
-        [
-            ContentLogprob(
-                each.token.decode(errors="replace"),
-                each.logprob,
-                list(each.token),
-                [TopLogprob(t.decode(errors="replace"), p, list(t)) for t, p in each.top],
-            )
-            for each in tokens
-        ]
-    )
-
-
-def completion(
-    request_id: str,
-    created: int,
-    model: str,
-    answered: Answered,
-    told: Iterable[TokenLogprob] | None = None,
-) -> dict[str, Any]:
-    """The answer to a request that was not streamed; ``told`` are its logprobs, if asked for."""
-    return {
-        "id": request_id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answered.text},
-                "logprobs": None if told is None else logprobs(told),
-                "finish_reason": finish_reason(answered),
-            }
-        ],
-        "usage": usage(answered),
-        "edgemoa": answered,
-    }
-
-
-def models_json(own_model: str) -> dict[str, Any]:
-    """``GET /v1/models``: the group, and this board's model alone."""
+def models(own_model: str, created: int = 0) -> Models:
+    """The group, and this board's model alone."""
     names = [GROUP_MODEL, own_model] if own_model else [GROUP_MODEL]
-    return {
-        "object": "list",
-        "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "edgemoa"} for name in names
-        ],
-    }
+    return Models([Model(name, created) for name in names])

@@ -6,13 +6,16 @@ here is what stands around it.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final, Literal
 
+import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
-from edgemoa.api import openai
-from edgemoa.core.events import Accepted, Answered, Failed, Text
-from edgemoa.desk import Ticket
+from edgemoa.api import chats, openai
+from edgemoa.api.chats import Completion
+from edgemoa.core.events import Accepted, Answered, Failed, Granted, RequestEvent, Text
+from edgemoa.desk import State, Ticket
 from edgemoa.errors import EdgemoaError, UserError
 
 MAX_KEY_CHARS: Final = 255
@@ -20,35 +23,61 @@ MAX_WAIT_S: Final = 300
 PATH: Final = "/v1/requests"
 
 
-def ticket_json(ticket: Ticket, error: EdgemoaError | None = None) -> dict[str, Any]:
+class Ticketed(msgspec.Struct, kw_only=True):
     """How a prompt stands, for its client: ``state``, what it was granted, how much is before it,
-    and the answer or the error at its end.
+    what has happened and been written so far, and the answer or the error at its end."""
+
+    id: str
+    object: Literal["edgemoa.request"] = "edgemoa.request"
+    created: int
+    model: str
+    state: State
+    granted: Granted | UnsetType = UNSET
+    position: int | UnsetType = UNSET
+    expected_ms: int | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    events: list[RequestEvent] | UnsetType = UNSET
+    response: Completion | UnsetType = UNSET
+    error: openai.ErrorBody | UnsetType = UNSET
+    edgemoa: openai.Refusal | UnsetType = UNSET
+
+
+class Unfinished(msgspec.Struct):
+    """A user's prompts that have no outcome yet."""
+
+    data: list[Ticketed]
+    object: Literal["list"] = "list"
+
+
+class Deleted(msgspec.Struct):
+    id: str
+    object: Literal["edgemoa.request"] = "edgemoa.request"
+    deleted: bool = True
+
+
+def ticket_json(ticket: Ticket, error: EdgemoaError | None = None) -> Ticketed:
+    """How a prompt stands.
 
     :param error: what its bad end means, if it came to one.
     """
     accepted = next((e for e in ticket.said if isinstance(e, Accepted)), None)
-    told: dict[str, Any] = {
-        "id": ticket.id,
-        "object": "edgemoa.request",
-        "created": ticket.created,
-        "model": ticket.model,
-        "state": ticket.state,
-    }
+    told = Ticketed(id=ticket.id, created=ticket.created, model=ticket.model, state=ticket.state)
     if accepted is not None:
-        told["granted"] = accepted.granted
-        told["position"] = accepted.position
-        told["expected_ms"] = accepted.expected_ms
+        told.granted = accepted.granted
+        told.position = accepted.position
+        told.expected_ms = accepted.expected_ms
     elif ticket.waiting_before:
-        told["position"] = ticket.waiting_before
+        told.position = ticket.waiting_before
     end = ticket.end
     if end is None:
-        told["text"] = "".join(e.text for e in ticket.said if isinstance(e, Text))
+        told.text = "".join(e.text for e in ticket.said if isinstance(e, Text))
         hidden = (Accepted, Text)
-        told["events"] = [e for e in ticket.said if not isinstance(e, hidden)]
+        told.events = [e for e in ticket.said if not isinstance(e, hidden)]
     elif isinstance(end, Answered):
-        told["response"] = openai.completion(ticket.id, ticket.created, ticket.model, end)
+        told.response = chats.completion(ticket.id, ticket.created, ticket.model, end)
     elif error is not None:
-        told |= openai.error_json(error)
+        failed = openai.error_json(error)
+        told.error, told.edgemoa = failed.error, failed.edgemoa
     return told
 
 

@@ -11,7 +11,15 @@ import msgspec
 from msgspec import Meta
 
 from edgemoa.core import limits
-from edgemoa.core.messages import BoardId, ChatMessage, Count, Message, Millis, Sampling
+from edgemoa.core.messages import (
+    BoardId,
+    ChatMessage,
+    Count,
+    Message,
+    Millis,
+    Name,
+    Sampling,
+)
 
 JobKind: TypeAlias = Literal["proposal", "aggregation"]
 Finish: TypeAlias = Literal["stop", "length", "loop"]
@@ -23,7 +31,29 @@ FailureCode: TypeAlias = Literal["context", "prompt", "schema", "model", "engine
 cannot be held to its schema; this model cannot do such a job at all; or the engine failed."""
 
 
-class Wishes(msgspec.Struct, frozen=True):
+Given: TypeAlias = Literal["turns", "text", "template"]
+"""What a prompt's messages are: turns; or a single one, whose content is a text that the model goes
+on with as it stands, or the JSON that its chat template is given, ``messages`` and ``tools``, for a
+conversation in which tools are called."""
+
+
+class Tools(msgspec.Struct, frozen=True):
+    """Which tools an answer may call. ``forced``: it is a call of one, in JSON, and nothing else;
+    its schema says so. Not ``parallel``: one call at most."""
+
+    names: Annotated[tuple[Name, ...], Meta(max_length=limits.MAX_TOOLS)]
+    forced: bool = False
+    parallel: bool = True
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a tool that the model wrote, with its arguments, a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class Wishes(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a user wishes of the answer's text, beyond how its tokens are picked.
 
     It concerns the answer alone and stays on this board: proposals are written freely. What was
@@ -40,8 +70,18 @@ class Wishes(msgspec.Struct, frozen=True):
     logprobs: Annotated[int, Meta(ge=-1, le=limits.MAX_TOP_LOGPROBS)] = -1
     """With how many alternatives each token's probability is told; -1: not at all."""
 
+    given: Given = "turns"
+    """How the prompt is to be read; all but turns by this board alone, without proposals."""
+    tools: Tools | None = None
+
     def __bool__(self) -> bool:
-        return bool(self.schema or self.logit_bias or self.logprobs >= 0)
+        return bool(
+            self.schema
+            or self.logit_bias
+            or self.logprobs >= 0
+            or self.given != "turns"
+            or self.tools is not None
+        )
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -83,6 +123,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     threads: int = 0
     budget_tokens: int = 0  # that all jobs together may hold, prompts kept for later included
     reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
+    calls_tools: bool = False  # whether the model was taught to
+    embeds: bool = False  # whether it makes vectors of texts
 
 
 class WorkDone(msgspec.Struct, frozen=True):
@@ -100,6 +142,7 @@ class WorkDone(msgspec.Struct, frozen=True):
     cached_tokens: Count = 0  # of the prompt, that the model had read before
     model_ms: Millis = 0
     ahead_tokens: Count = 0  # of the cached ones, those that were read ahead of this very job
+    calls: tuple[ToolCall, ...] = ()  # of tools, which are no part of the text
 
     @property
     def work_ms(self) -> int:
@@ -270,6 +313,7 @@ class Answered(msgspec.Struct, frozen=True, tag="answered"):
     cached_tokens: int = 0  # of those, that need not be read
     prefill_ms: int = 0
     model_ms: int = 0
+    calls: tuple[ToolCall, ...] = ()  # of tools, which are no part of the text
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -60,6 +60,7 @@ MAX_JOB_ATTEMPTS: Final = 2  # a request that the model process died on is tried
 MAX_SCHEMA_BYTES: Final = 64 * KIB  # a JSON schema, as JSON
 MAX_BIASES: Final = 1024  # tokens of one request
 MAX_TOP_LOGPROBS: Final = 20  # per token; OpenAI's bound
+MAX_TOOLS: Final = 128  # that one answer may call; OpenAI's bound
 MAX_LOGPROBS: Final = 131_072  # of one answer, alternatives included: about 15 MB in the daemon
 
 # The local API

@@ -42,6 +42,7 @@ from edgemoa.core.events import (
     Tell,
     Text,
     TokenLogprob,
+    ToolCall,
     Wishes,
     WorkDone,
     WorkFailed,
@@ -982,6 +983,7 @@ class Node:
         work_ms: int,
         note: str = "",
         spent: WorkDone | ProposalRecord | None = None,
+        calls: tuple[ToolCall, ...] = (),
     ) -> None:
         self._tell_text(run, text)
         self._end(run, State.ANSWERED)
@@ -999,6 +1001,7 @@ class Node:
             work_ms=work_ms,
             total_ms=now_ms - run.accepted_ms,
             note="; ".join((*run.notes, note) if note else run.notes),
+            calls=calls,
         )
         if spent is not None:
             answered = msgspec.structs.replace(
@@ -1198,6 +1201,7 @@ class Node:
             queue_ms=queue_ms,
             work_ms=done.work_ms,
             spent=done,
+            calls=done.calls,
         )
 
     def _work_failed(self, work: Work, failure: WorkFailed, now_ms: int) -> None:

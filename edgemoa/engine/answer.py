@@ -5,20 +5,29 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgemoa.core.events import Finish, TokenLogprob, WorkDone
+from edgemoa.core.events import Finish, Given, TokenLogprob, Tools, WorkDone
 from edgemoa.core.messages import ChatMessage, Sampling
+from edgemoa.engine.calls import FORCED, Calls
 from edgemoa.engine.frames import Done, Event, Generate, Text
 from edgemoa.engine.guidance import Guidance, Guide
 from edgemoa.engine.sampling import Sampler, likeliest, logprobs
 from edgemoa.engine.text import Detokenizer, Loop, StopText
-from edgemoa.errors import EngineError, PromptTooLongError, SchemaError, UserError
-from edgemoa.text.template import ChatTemplate, load_template
+from edgemoa.errors import (
+    EngineError,
+    InvalidPromptError,
+    PromptTooLongError,
+    SchemaError,
+    UserError,
+)
+from edgemoa.text.template import CallForm, ChatTemplate, load_template
 from edgemoa.text.tokens import Tokens, load_tokens
 
 PROBE_TOKENS: Final = 32
@@ -49,10 +58,42 @@ class Reader:
         self._template = template
         self._guidance = Guidance(tokens)
 
-    def read(self, messages: tuple[ChatMessage, ...]) -> list[int]:
-        """The conversation's tokens. Raises :class:`InvalidPromptError`."""
-        prompt = self._template.render(self.tokens.guard(messages))
-        return self.tokens.encode_prompt(prompt)
+    def read(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> list[int]:
+        """The conversation's tokens, or those of what else is ``given``.
+
+        A mere text may hold control tokens: who sends one knows the model. Raises
+        :class:`InvalidPromptError`.
+        """
+        match given:
+            case "turns":
+                prompt = self._template.render(self.tokens.guard(messages))
+            case "text":
+                prompt = "".join(message.content for message in messages)
+            case "template":
+                prompt = self._render_with_tools("".join(m.content for m in messages))
+        if tokens := self.tokens.encode_prompt(prompt):
+            return tokens
+        raise InvalidPromptError("The prompt is empty.")
+
+    def _render_with_tools(self, given: str) -> str:
+        if self.call_form is None:
+            raise InvalidPromptError(
+                "The model does not support tools: its chat template knows none, or has them called"
+                " otherwise than in JSON."
+            )
+        try:
+            told = self.tokens.guard_all(msgspec.json.decode(given))
+            return self._template.render_with_tools(told["messages"], told.get("tools"))
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InvalidPromptError("The conversation with tools cannot be read.") from None
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the model writes calls of tools; None where it was not taught to."""
+        return self._template.call_form(self._visible)
+
+    def _visible(self, text: str) -> str:
+        return self.tokens.decode(self.tokens.encode_prompt(text))
 
     def read_begun(self, messages: tuple[ChatMessage, ...]) -> list[int]:
         """The tokens that a conversation begins with of which the last message goes on, whatever
@@ -119,6 +160,7 @@ class Answer:
         self._logprobs = _Logprobs(tokens, wishes.logprobs) if wishes.logprobs >= 0 else None
         self._detokenizer = Detokenizer(tokens)
         self._stop = StopText(job.sampling.stop)
+        self._calls = _calls(wishes.tools, reader) if wishes.tools is not None else None
         self._loop = Loop() if ends_loops else None
         self._text: list[str] = []
         self._started_s = time.perf_counter()
@@ -165,6 +207,10 @@ class Answer:
                 finish = "length"
         if finish is not None and not self._stop.stopped:
             piece += self._stop.finish()
+        if self._calls is not None:
+            piece = self._calls.push(piece)
+            if finish is not None:
+                piece += self._calls.finish()
         if self._stop.stopped:
             finish = "stop"
         told: tuple[TokenLogprob, ...] = ()
@@ -192,6 +238,7 @@ class Answer:
             cached_tokens=self.cached_tokens,
             model_ms=round(self.model_s * 1000),
             ahead_tokens=self.ahead_tokens,
+            calls=self._calls.calls if self._calls is not None else (),
         )
 
 
@@ -224,6 +271,11 @@ class _Logprobs:
         while held and (rest or held[0][0] < self._told or len(held) > _MOST_HELD):
             popped.append(held.popleft()[1])
         return tuple(popped)
+
+
+def _calls(tools: Tools, reader: Reader) -> Calls:
+    form = FORCED if tools.forced else reader.call_form or FORCED
+    return Calls(form, tools.names, parallel=tools.parallel)
 
 
 def load_reader(model_dir: Path, context_tokens: int) -> Reader:

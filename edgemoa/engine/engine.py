@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from edgemoa.core import limits
-from edgemoa.core.events import EngineInfo, Job, TokenLogprob, WorkDone, WorkFailed
+from edgemoa.core.events import EngineInfo, Given, Job, TokenLogprob, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage
 from edgemoa.core.rates import Rates
 from edgemoa.engine import frames
@@ -185,7 +185,7 @@ class Engine:
             self._send(frames.ReadAhead(request_id, messages))
             (self._ahead.add if messages else self._ahead.discard)(request_id)
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """Count a conversation's tokens, chat template included; waits while the model loads.
 
         Raises :class:`EngineError` while there is no process or when it dies meanwhile, and
@@ -195,7 +195,7 @@ class Engine:
         self._last_call += 1
         call_id = self._last_call
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._send(frames.Measure(call_id, messages))
+        self._send(frames.Measure(call_id, messages, given))
         self._calls[call_id] = answer
         try:
             return await answer
@@ -528,6 +528,8 @@ class Engine:
                 threads=self._threads,
                 budget_tokens=ready.budget_tokens,
                 reads_ahead=ready.reads_ahead,
+                calls_tools=ready.calls_tools,
+                embeds=ready.embeds,
             )
         )
 

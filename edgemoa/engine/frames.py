@@ -13,7 +13,7 @@ from typing import Annotated, Final, Generic, TypeAlias, TypeVar
 import msgspec
 
 from edgemoa.core import limits
-from edgemoa.core.events import FailureCode, TokenLogprob, Wishes, WorkDone, WorkFailed
+from edgemoa.core.events import FailureCode, Given, TokenLogprob, Wishes, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage, Count, Millis, Sampling
 from edgemoa.core.rates import Rates
 from edgemoa.engine.tuning import Tuning
@@ -57,10 +57,11 @@ class ReadAhead(msgspec.Struct, frozen=True, tag="read_ahead"):
 
 
 class Measure(msgspec.Struct, frozen=True, tag="measure"):
-    """Count the tokens of a conversation, chat template included."""
+    """Count the tokens of a conversation, chat template included, or of what else is ``given``."""
 
     call_id: int
     messages: tuple[ChatMessage, ...]
+    given: Given = "turns"
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
@@ -116,6 +117,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     budget_tokens: Count = 0  # that all jobs together may hold
     reads_ahead: bool = False  # whether :class:`ReadAhead` is of any use
     tuning: Tuning | None = None  # where it was asked to tune first
+    calls_tools: bool = False  # whether the model was taught to
+    embeds: bool = False  # whether :class:`Embed` is of any use
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import onnxruntime_genai as og
 
-from edgemoa.core.events import WorkFailed
+from edgemoa.core.events import Given, WorkFailed
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.core.rates import Meter
 from edgemoa.engine.answer import (
@@ -40,6 +40,7 @@ class GenaiBackend:
     name = "genai"
     slots = 1
     reads_ahead = False  # a prompt begins with an empty memory
+    embeds = False
     guess_cost = 1.0  # nothing is guessed
     has_to_read = False
 
@@ -56,9 +57,14 @@ class GenaiBackend:
         self._unfed: list[int] = []  # what the model has not seen yet
         self._fed = 0  # tokens that it has
 
-    def count(self, messages: tuple[ChatMessage, ...]) -> int:
+    @property
+    def calls_tools(self) -> bool:
+        """See :class:`~edgemoa.engine.worker.Backend`."""
+        return self._reader.call_form is not None
+
+    def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
-        return len(self._reader.read(messages))
+        return len(self._reader.read(messages, given))
 
     def admit(self, job: Work) -> bool:
         """Make ``job`` the one that :meth:`step` works on.
@@ -72,7 +78,7 @@ class GenaiBackend:
                 "The genai back end, which runs this model, does not score or embed texts.",
                 hint='Import the model with edgemoa, and set model.backend to "auto".',
             )
-        prompt = self._reader.read(job.messages)
+        prompt = self._reader.read(job.messages, job.wishes.given)
         limit = self._reader.limit(prompt, job.sampling)
         answer = Answer(job, self._reader, prompt, limit, ends_loops=self._ends_loops)
         self._generator = self._new_generator(len(prompt) + limit)

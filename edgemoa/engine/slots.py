@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from edgemoa.core.events import Given
 from edgemoa.core.messages import ChatMessage, Sampling
 from edgemoa.core.rates import Meter
 from edgemoa.engine import drafts
@@ -128,6 +129,7 @@ class SlotsBackend:
 
     name = "slots"
     reads_ahead = True
+    embeds = True
 
     def __init__(
         self, graph: Graph, reader: Reader, slots: int, budget_tokens: int, *, ends_loops: bool
@@ -149,9 +151,14 @@ class SlotsBackend:
         self._owed_s = 0.0  # that jobs which write have waited for what is read ahead
         self.meter = Meter()
 
-    def count(self, messages: tuple[ChatMessage, ...]) -> int:
+    @property
+    def calls_tools(self) -> bool:
+        """See :class:`~edgemoa.engine.worker.Backend`."""
+        return self._reader.call_form is not None
+
+    def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens. Raises :class:`InvalidPromptError`."""
-        return len(self._reader.read(messages))
+        return len(self._reader.read(messages, given))
 
     def admit(self, job: Work) -> bool:
         """Give ``job`` a slot; False where other jobs may come to need the memory for it.
@@ -160,7 +167,8 @@ class SlotsBackend:
         :class:`EngineError` where there is no memory for it.
         """
         # Texts to embed have nothing in common that could be kept.
-        prompt = [] if isinstance(job, Embed) else self._reader.read(job.messages)
+        given = job.wishes.given if isinstance(job, Generate) else "turns"
+        prompt = [] if isinstance(job, Embed) else self._reader.read(job.messages, given)
         answer: Answer | Scoring | Embedder
         if isinstance(job, Embed):
             answer = self._embedder(job)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from edgemoa.core import limits
+from edgemoa.core.events import Given
 from edgemoa.core.messages import ChatMessage
 from edgemoa.core.rates import Meter
 from edgemoa.engine import frames
@@ -59,7 +60,7 @@ class Backend(Protocol):
     def meter(self) -> Meter:
         """What its steps took."""
 
-    def count(self, messages: tuple[ChatMessage, ...]) -> int:
+    def count(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """The conversation's tokens, chat template included; raises :class:`EdgemoaError`."""
 
     def admit(self, job: frames.Work) -> bool:
@@ -86,6 +87,14 @@ class Backend(Protocol):
     @property
     def has_to_read(self) -> bool:
         """Whether :meth:`step` has something to do without jobs."""
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the model was taught to call tools."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it takes :class:`~edgemoa.engine.frames.Embed`."""
 
     def read_ahead(self, key: str, messages: tuple[ChatMessage, ...]) -> None:
         """Have :meth:`step` read what a prompt will begin with, of which the last message goes on;
@@ -155,9 +164,9 @@ class Worker:
                 if job_id in self._running:
                     self._running.discard(job_id)
                     self._backend.drop(job_id)
-            case frames.Measure(call_id, messages):
+            case frames.Measure(call_id, messages, given):
                 try:
-                    answer = frames.Measured(call_id, self._backend.count(messages))
+                    answer = frames.Measured(call_id, self._backend.count(messages, given))
                 except EdgemoaError as error:
                     answer = frames.Measured(call_id, 0, str(error))
                 self._pipe.send([answer])
@@ -231,6 +240,8 @@ def main() -> None:
             backend.budget_tokens,
             backend.reads_ahead,
             tuning,
+            backend.calls_tools,
+            backend.embeds,
         )
         pipe.send([ready])
         Worker(backend, pipe).serve()

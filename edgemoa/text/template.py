@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -50,7 +50,33 @@ message is given to it as it stands, several with an empty line between."""
 
 _PROBE: Final = "edgemoa probe"  # a system turn that a template has to show somewhere
 
+_PROBE_TOOL: Final = "edgemoa_probe"  # a tool that a template has to show
+_PROBE_FUNCTION: Final = {
+    "description": "edgemoa probe",
+    "parameters": {
+        "type": "object",
+        "properties": {"probe": {"type": "string", "description": "edgemoa probe"}},
+        "required": ["probe"],
+    },
+}
+_PROBE_ARGUMENTS: Final = {"probe": "edgemoa"}
+_MAX_CALL_CHARACTERS: Final = 2048
+_MAX_MARK_CHARACTERS: Final = 64
+_TEXT_TURN: Final = {"role", "content"}
+
 T = TypeVar("T")
+
+Turns: TypeAlias = list[dict[str, Any]]
+"""What templates are given: each turn with its ``role`` and ``content``, and, of calls of tools,
+``tool_calls``, ``tool_call_id`` and ``name``."""
+
+
+class CallForm(NamedTuple):
+    """How a model writes a call of a tool: a JSON object with ``name`` and ``arguments`` (some say
+    ``parameters``), or a list of these, with these marks around it; either may be empty."""
+
+    before: str
+    after: str
 
 
 class ChatTemplate:
@@ -74,13 +100,13 @@ class ChatTemplate:
                 f"The model's chat template is no valid template ({failure}).",
                 hint=ELSEWHERE,
             ) from None
-        if self._try((ChatMessage("user", "Hello"),)) is None:
+        if self._try([{"role": "user", "content": "Hello"}]) is None:
             raise ModelInvalidError(
                 "The model's chat template fails on a simple conversation, or takes too much time"
                 " or memory for it.",
                 hint=ELSEWHERE,
             )
-        probe = (ChatMessage("system", _PROBE), ChatMessage("user", "Hello"))
+        probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hello"}]
         self._knows_system = _PROBE in (self._try(probe) or "")
 
     def render(self, messages: tuple[ChatMessage, ...]) -> str:
@@ -93,11 +119,44 @@ class ChatTemplate:
         Raises :class:`InvalidPromptError` where the template refuses the conversation even so.
         What the template says of it could quote the conversation, so it is left out.
         """
+        return self._render([{"role": m.role, "content": m.content} for m in messages])
+
+    def render_with_tools(self, turns: Turns, tools: list[Any]) -> str:
+        """The same for turns as templates know them, calls of tools and their results among them,
+        with the tools that may be called.
+
+        Raises :class:`InvalidPromptError` as :meth:`render` does.
+        """
+        return self._render(turns, tools)
+
+    def call_form(self, visible: Callable[[str], str]) -> CallForm | None:
+        """How the model was taught to write a call of a tool, read from how the template writes
+        one; None where it knows no tools, or has calls written otherwise than as JSON.
+
+        :param visible: what is left of a rendered text when it is read back: no control tokens.
+        """
+        tools = [{"type": "function", "function": {"name": _PROBE_TOOL} | _PROBE_FUNCTION}]
+        user = {"role": "user", "content": "Hello"}
+        called = {"name": _PROBE_TOOL, "arguments": _PROBE_ARGUMENTS}
+        call = {"id": "edgemoa01", "type": "function", "function": called}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked = self._try([user], tools)
+        told = self._try([user, turn], tools, goes_on=False)
+        if asked is None or told is None or _PROBE_TOOL not in asked:
+            return None
+        if told.startswith(asked):
+            written = told[len(asked) :]
+        else:  # some begin the answer otherwise than they show it later
+            differ = (at for at, (a, b) in enumerate(zip(asked, told, strict=False)) if a != b)
+            written = told[told.rfind("\n", 0, next(differ, len(told))) + 1 :]
+        return _find_call(written[:_MAX_CALL_CHARACTERS], visible)
+
+    def _render(self, turns: Turns, tools: list[Any] | None = None) -> str:
         if not self._knows_system:
-            messages = _without_system(messages)
-        prompt = self._try(messages)
-        if prompt is None and (joined := _joined(messages)) != messages:
-            prompt = self._try(joined)
+            turns = _without_system(turns)
+        prompt = self._try(turns, tools)
+        if prompt is None and (joined := _joined(turns)) != turns:
+            prompt = self._try(joined, tools)
         if prompt is None:
             raise InvalidPromptError(
                 "The model's chat template refuses this order of turns.",
@@ -105,15 +164,16 @@ class ChatTemplate:
             )
         return prompt
 
-    def _try(self, messages: tuple[ChatMessage, ...]) -> str | None:
+    def _try(
+        self, turns: Turns, tools: list[Any] | None = None, *, goes_on: bool = True
+    ) -> str | None:
         """The rendered template, or None where it fails or goes beyond its bounds."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
 
         def render() -> str:
             prompt = self._template.render(
                 messages=turns,
-                add_generation_prompt=True,
-                tools=None,
+                add_generation_prompt=goes_on,
+                tools=tools,
                 documents=None,
                 **self._tokens,
             )
@@ -125,6 +185,23 @@ class ChatTemplate:
         except _FailedError:
             return None
         return prompt if len(prompt) <= MAX_PROMPT_CHARACTERS else None
+
+
+def _find_call(written: str, visible: Callable[[str], str]) -> CallForm | None:
+    """The form of the probe's call, where it stands in a text that a template wrote."""
+    decoder = json.JSONDecoder()
+    for start in (at for at, letter in enumerate(written) if letter == "{"):
+        try:
+            call, end = decoder.raw_decode(written, start)
+        except (ValueError, RecursionError):
+            continue
+        if call.get("name") != _PROBE_TOOL or _PROBE_ARGUMENTS not in call.values():
+            continue
+        before = visible(written[:start]).strip().rpartition("\n")[2].rstrip("[ ")
+        after = visible(written[end:]).lstrip("] \n").partition("\n")[0].strip()
+        bounded = max(len(before), len(after)) <= _MAX_MARK_CHARACTERS
+        return CallForm(before, after) if bounded else None
+    return None
 
 
 def check_template(source: str, bos_token: str = "", eos_token: str = "") -> None:
@@ -186,33 +263,34 @@ def _token(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _without_system(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+def _without_system(messages: Turns) -> Turns:
     """Each system turn as a user's, in one with the user's turn after it."""
-    turns: list[ChatMessage] = []
+    turns: Turns = []
     held: list[str] = []
     for message in messages:
-        if message.role == "system":
-            held.append(message.content)
-            continue
-        if held and message.role == "user":
-            message = ChatMessage("user", "\n\n".join([*held, message.content]))  # noqa: PLW2901
+        if message["role"] == "system":
+            held.append(message["content"])
+        elif held and message["role"] == "user":
+            turns.append({"role": "user", "content": "\n\n".join([*held, message["content"]])})
             held = []
-        turns.append(message)
-    if held:
-        turns.append(ChatMessage("user", "\n\n".join(held)))
-    return tuple(turns)
-
-
-def _joined(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
-    """Neighbours of one role as one turn."""
-    turns: list[ChatMessage] = []
-    for message in messages:
-        if turns and turns[-1].role == message.role:
-            before = turns.pop()
-            turns.append(ChatMessage(message.role, f"{before.content}\n\n{message.content}"))
         else:
             turns.append(message)
-    return tuple(turns)
+    if held:
+        turns.append({"role": "user", "content": "\n\n".join(held)})
+    return turns
+
+
+def _joined(messages: Turns) -> Turns:
+    """Neighbours of one role as one turn, where they are text alone."""
+    turns: Turns = []
+    for message in messages:
+        before = turns[-1] if turns else {}
+        if before.get("role") == message["role"] and before.keys() | message.keys() == _TEXT_TURN:
+            text = f"{before['content']}\n\n{message['content']}"
+            turns[-1] = {"role": message["role"], "content": text}
+        else:
+            turns.append(message)
+    return turns
 
 
 class _OutOfTimeError(BaseException):
@@ -331,7 +409,7 @@ def _strftime_now(form: str) -> str:
 def main() -> int:
     """The child of :func:`check_template`."""
     try:
-        ChatTemplate(*json.load(sys.stdin))
+        ChatTemplate(*json.load(sys.stdin)).call_form(lambda text: text)
     except ModelInvalidError as error:
         sys.stdout.write(json.dumps([str(error), error.hint]))
         return 1

@@ -123,6 +123,21 @@ class Tokens:
         """The messages with the characters of control tokens torn apart; for the template."""
         return tuple(ChatMessage(turn.role, self._guard(turn.content)) for turn in messages)
 
+    def guard_all(self, value: Any) -> Any:
+        """The same for every text in a value of JSON, names included.
+
+        Raises :class:`RecursionError` for one that is nested too deep.
+        """
+        match value:
+            case str():
+                return self._guard(value)
+            case list():
+                return [self.guard_all(each) for each in value]
+            case dict():
+                return {self._guard(name): self.guard_all(each) for name, each in value.items()}
+            case _:
+                return value
+
     def knows(self, number: int) -> bool:
         """Whether a token has this number."""
         return self._tokenizer.id_to_token(number) is not None

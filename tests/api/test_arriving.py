@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_server import ScriptedBoard, answered
 
-from edgemoa.api import server
+from edgemoa.api import answers
 from edgemoa.api.server import Api
 from edgemoa.core import limits
 from edgemoa.core.events import Accepted, Failed, Granted, Text
@@ -184,7 +184,7 @@ def test_a_full_board_says_so_before_anything_is_sent(tmp_path: Path) -> None:
 def test_an_answer_that_nobody_reads_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
-    monkeypatch.setattr(server, "TAKE_S", 0.3)
+    monkeypatch.setattr(answers, "TAKE_S", 0.3)
     board, text = ScriptedBoard(), "word " * 200_000
     board.script = [Accepted(Granted(1, 1), 0), Text(text), answered(text)]
 

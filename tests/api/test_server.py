@@ -10,9 +10,10 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ import openai
 import pytest
 
 from edgemoa import cli_peer_models
-from edgemoa.api import server
-from edgemoa.api.openai import error_json, usage
+from edgemoa.api import answers, server
+from edgemoa.api.chats import usage
+from edgemoa.api.openai import error_json
 from edgemoa.api.server import Api
+from edgemoa.api.service import Card, Device, PeerModels, Vector
 from edgemoa.client import Client
 from edgemoa.core import envelope, limits
 from edgemoa.core.events import (
     Accepted,
     Answered,
     Failed,
+    Given,
     Granted,
     LeftOut,
     ProposalArrived,
@@ -67,6 +71,7 @@ BEE = envelope.board_id(b"b" * 32)
 MODEL_ID = "ab" * 32
 WEIGHTS = os.urandom(1_000_000)
 LENT = f"/v1/peers/{BEE}/models/{MODEL_ID}"
+CARD = Card("tiny", "ab" * 32, 1_000, 1_700_000_000, "llama", 134_515_008, "Q4_0", 100, 3)
 RECORD = ProposalRecord("bee", BoardId("b"), "tiny", 1, 10, 5, 3, 7, own=False)
 
 
@@ -91,6 +96,7 @@ class ScriptedBoard:
     def __init__(self) -> None:
         self.asked: list[Request] = []
         self.schemas: list[str] = []
+        self.embedded: list[list[str]] = []
         self.script: list[RequestEvent | float] = [
             Accepted(Granted(1, 1), 0),
             ProposalArrived(RECORD),
@@ -104,6 +110,8 @@ class ScriptedBoard:
         self.measure_s = 0.0
         self.check_s = 0.0
         self.measuring = 0
+        self.calls_tools = False
+        self.room = 100  # of the context
         self.context_tokens = 0  # not known before the model has been loaded
         self.gone_early = threading.Event()
 
@@ -113,16 +121,27 @@ class ScriptedBoard:
     def own_model(self) -> tuple[str, int]:
         return "tiny", self.context_tokens
 
+    def card(self) -> Card:
+        return CARD
+
+    async def embed(self, texts: Sequence[str]) -> list[Vector]:
+        if self.engine_down:
+            raise EngineError("the model is away", hint="wait")
+        self.embedded.append(list(texts))
+        return [Vector(struct.pack("<3f", len(text), 0.5, -1), len(text)) for text in texts]
+
     def refusal(self) -> Failed | None:
         return self.refused
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         if self.engine_down:
             raise EngineError("the model is away", hint="wait")
         self.measuring += 1
         await asyncio.sleep(self.measure_s)
         self.measuring -= 1
-        self.context_tokens = 100
+        if given == "template" and not self.calls_tools:
+            raise InvalidPromptError("The model does not support tools.")
+        self.context_tokens = self.room
         return sum(len(m.content) for m in messages)
 
     async def check_schema(self, schema: str) -> None:
@@ -164,10 +183,15 @@ class ScriptedBoard:
     def status(self) -> dict[str, Any]:
         return {"ready": True}
 
-    def devices(self) -> list[dict[str, Any]]:
-        return [{"id": "b", "state": "paired"}]
+    def devices(self) -> list[Device]:
+        return [
+            {
+                "id": BEE, "name": "bee", "state": "paired", "address": "", "linked": False,
+                "last_seen_age_ms": None, "detail": "",
+            }
+        ]  # fmt: skip
 
-    async def peer_models(self) -> dict[str, Any]:
+    async def peer_models(self) -> PeerModels:
         return {"models_dir": "/models", "boards": []}
 
     async def peer_manifest(self, board: BoardId, model_id: str) -> bytes:
@@ -252,7 +276,7 @@ def test_a_completion_in_openais_shape(path: Path, board: ScriptedBoard) -> None
     assert status == 200
     assert told["object"] == "chat.completion"
     choice = told["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "Because."}
+    assert choice["message"] == {"role": "assistant", "content": "Because.", "refusal": None}
     assert choice["finish_reason"] == "stop"
     assert told["usage"] == {
         "prompt_tokens": 10,
@@ -389,7 +413,7 @@ def test_events_on_request(path: Path) -> None:
 def test_a_stream_says_something_while_nothing_happens(
     path: Path, board: ScriptedBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.05)
     board.script.insert(1, 0.3)
     response = Client(path)._request("POST", "/v1/chat/completions", body(stream=True))
     lines = response.read().split(b"\n\n")
@@ -405,6 +429,7 @@ def test_a_stream_says_something_while_nothing_happens(
         ("edgemoa:M2k3", {}, (2, 3)),
         ("edgemoa", {"layers": 3, "proposers": 4}, (3, 4)),
         ("edgemoa:M2k3", {"proposers": 1}, (2, 1)),
+        ("tiny", {"plan": "M2k3"}, (2, 3)),
     ],
 )
 def test_plans(
@@ -440,8 +465,14 @@ def test_content_in_parts_and_turns(path: Path, board: ScriptedBoard) -> None:
         (body(model="edgemoa:M9k9"), 400, "invalid_request"),
         (body(max_tokens=0), 400, "invalid_request"),
         (body(temperature=9), 400, "invalid_request"),
-        (body(n=2), 400, "invalid_request"),
+        (body(n=9), 400, "invalid_request"),
+        (body(n=0), 400, "invalid_request"),
+        (body(n=2, edgemoa={"events": True}), 400, "invalid_request"),
         (body(tools=[{}]), 400, "invalid_request"),
+        (body(functions=[{}], tool_choice="auto"), 400, "invalid_request"),
+        (body(edgemoa={"plan": "M9k9"}), 400, "invalid_request"),
+        (body(edgemoa={"plan": "large"}), 400, "invalid_request"),
+        (body(edgemoa={"plan": "M1k1", "layers": 2}), 400, "invalid_request"),
         (body(grammar='root ::= "x"'), 400, "invalid_request"),
         (body(guided_json={"type": "integer"}), 400, "invalid_request"),
         (body(top_k=-2), 400, "invalid_request"),
@@ -515,7 +546,7 @@ def test_refusals_and_failures(
 
 def test_an_errors_hint_goes_on_in_its_sentence() -> None:
     told = error_json(EngineError("It is down.", hint="wait"))
-    assert told["error"].message == "It is down: wait"
+    assert told.error.message == "It is down: wait"
 
 
 def test_an_error_in_the_middle_of_a_stream_travels_in_it(path: Path, board: ScriptedBoard) -> None:
@@ -637,7 +668,7 @@ def test_the_small_ones(path: Path) -> None:
     client = Client(path)
     assert [m["id"] for m in client.get("/v1/models")["data"]] == ["edgemoa", "tiny"]
     assert client.get("/v1/status") == {"ready": True}
-    assert client.get("/v1/devices")["devices"][0]["id"] == "b"
+    assert client.get("/v1/devices")["devices"][0]["id"] == BEE
     with pytest.raises(UserError, match="Not Found"):
         client.get("/v1/nothing")
     with pytest.raises(UserError, match="Method Not Allowed"):
@@ -893,7 +924,7 @@ def test_peers_models_that_cannot_be_had(path: Path, board: ScriptedBoard) -> No
     with pytest.raises(UserError, match="not a board's identity"):
         client.get(LENT.replace(BEE, BEE[:-1] + "a"))
     for wrong in (LENT[:-1], LENT + "/a/b", LENT + "/" + "x" * 129, LENT.upper()):
-        with pytest.raises(UserError, match="Not Found"):
+        with pytest.raises(UserError, match=r"Not Found|no model has that id|no file of a model"):
             client.open(wrong)
     board.files.clear()
     for wrong in ("bytes=0-5", "bytes=-5", "bytes=x-", "lines=1-"):

@@ -13,7 +13,7 @@ import pytest
 from test_arriving import HEAD, STREAM
 from test_server import ScriptedBoard
 
-from edgemoa.api import server
+from edgemoa.api import answers
 from edgemoa.api.server import Api
 from edgemoa.core.events import Accepted, Failed, Granted, Request, RequestEvent, Text
 from edgemoa.desk import Desk, Prompt, Ticket
@@ -74,7 +74,7 @@ class Board(ScriptedBoard):
 def test_it_costs_no_more_than_the_answer_and_is_left_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "TAKE_S", 1.5)
+    monkeypatch.setattr(answers, "TAKE_S", 1.5)
 
     async def scenario() -> None:
         board = Board(tmp_path)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from edgemoa.core.events import EngineInfo, Job, WorkDone, WorkFailed
+from edgemoa.core.events import EngineInfo, Given, Job, WorkDone, WorkFailed
 from edgemoa.core.messages import ChatMessage
 from edgemoa.engine.engine import Engine, EngineEvents
 from edgemoa.errors import EngineError
@@ -85,7 +85,7 @@ class FakeEngine(Engine):
             self._end(task)
             self._begin()
 
-    async def measure(self, messages: tuple[ChatMessage, ...]) -> int:
+    async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         if self._down:
             raise EngineError("The model process is down; it is being started again.")
         if self._loading is not None:
