@@ -24,21 +24,13 @@ class Presence(StrEnum):
     GONE = "gone"
 
 
-HEARD, SILENT, VERY_SILENT, LEFT = "heard", "silent", "very silent", "left"
+HEARD, SILENT, LOST = "heard", "silent", "lost"
 
 TRANSITIONS: Final[dict[tuple[Presence, str], Presence]] = {
-    (Presence.UNHEARD, HEARD): Presence.ALIVE,
-    (Presence.ALIVE, HEARD): Presence.ALIVE,
-    (Presence.SUSPECT, HEARD): Presence.ALIVE,
-    (Presence.GONE, HEARD): Presence.ALIVE,
+    **{(presence, HEARD): Presence.ALIVE for presence in Presence},
+    **{(presence, LOST): Presence.GONE for presence in Presence},
     (Presence.ALIVE, SILENT): Presence.SUSPECT,
     (Presence.SUSPECT, SILENT): Presence.SUSPECT,
-    (Presence.ALIVE, VERY_SILENT): Presence.GONE,
-    (Presence.SUSPECT, VERY_SILENT): Presence.GONE,
-    (Presence.ALIVE, LEFT): Presence.GONE,
-    (Presence.SUSPECT, LEFT): Presence.GONE,
-    (Presence.UNHEARD, LEFT): Presence.GONE,
-    (Presence.GONE, LEFT): Presence.GONE,
 }
 
 
@@ -51,12 +43,17 @@ class Peer:
     presence: Presence = Presence.UNHEARD
     heard_ms: int = 0
     report: Alive | None = None
-    report_ms: int = 0  # when that came: it stands until the next, and says less with time
+    report_ms: int = 0  # when that came: it stands until the next
     linked: bool = False  # whether messages can reach it
     mute: bool = False  # others reach it; it does not answer this board, link or no link
     left: bool = False  # it said good-bye, and has not been linked since
     boot: int = -1  # of its life that is known here; -1 for none
-    incarnation: int = 0  # within that boot: how often it has contradicted a rumour
+    incarnation: int = 0  # within that boot: how often it has contradicted a suspicion
+
+    @property
+    def there(self) -> bool:
+        """Whether it is believed to run, by this board or for what others say."""
+        return self.presence is Presence.ALIVE or self.presence is Presence.SUSPECT
 
     @property
     def usable(self) -> bool:
@@ -84,7 +81,7 @@ class Membership:
     def silence(self, board: BoardId) -> None:
         """Do not pick ``board`` any more, whatever was heard from it."""
         self.peers[board].report = None
-        self.move(board, LEFT)
+        self.move(board, LOST)
 
     def unpair(self, board: BoardId) -> None:
         """Forget a board."""
@@ -94,7 +91,7 @@ class Membership:
         """There is a link to ``board``, which proved which boot of it is at the other end.
         Returns whether it has restarted since it was known."""
         peer = self.peers[board]
-        restarted = self._boot(peer, boot)
+        restarted = self.is_boot(board, boot)
         peer.linked, peer.left, peer.mute = True, False, False
         return restarted
 
@@ -102,17 +99,22 @@ class Membership:
         """There is no link any more. That alone says nothing of the board."""
         self.peers[board].linked = False
 
-    def heard(self, board: BoardId, now_ms: int) -> None:
-        """Something authentic came from ``board``, and so over a link; what comes after its
-        good-bye was said before."""
+    def heard(self, board: BoardId, now_ms: int) -> bool:
+        """Something authentic came from ``board``, and so over a link. Returns False for what a
+        board said before its good-bye and comes after it: that is not to be listened to."""
         peer = self.peers[board]
         if peer.left:
-            return
+            return False
         peer.heard_ms = now_ms
         peer.linked = True
         self.move(board, HEARD)
+        return True
 
-    def report(self, board: BoardId, report: Alive, now_ms: int = 0) -> bool:
+    def vouched(self, board: BoardId) -> None:
+        """Others say that ``board`` is there."""
+        self.move(board, HEARD)
+
+    def report(self, board: BoardId, report: Alive, now_ms: int) -> bool:
         """Take what a board says of itself; returns whether it has restarted since it was known.
 
         An older report of the same boot, as a late datagram brings it, changes nothing. One of
@@ -120,7 +122,7 @@ class Membership:
         it came over a link, and links do not outlive the boot at their other end.
         """
         peer = self.peers[board]
-        restarted = self._boot(peer, report.boot)
+        restarted = self.is_boot(board, report.boot)
         last = peer.report
         if peer.left or (last is not None and report.sequence <= last.sequence):
             return restarted
@@ -131,14 +133,23 @@ class Membership:
     def left(self, board: BoardId, boot: int) -> bool:
         """The board said good-bye; returns whether that was news (not a late one of last time)."""
         peer = self.peers[board]
-        if peer.boot not in (-1, boot):
+        if peer.left or peer.boot not in (-1, boot):
             return False
-        was_there = not peer.left
         peer.boot = boot
         peer.left = True
         peer.report = None  # what else it said before it left does not make it usable again
-        self.move(board, LEFT)
-        return was_there
+        self.move(board, LOST)
+        return True
+
+    def is_boot(self, board: BoardId, boot: int) -> bool:
+        """It is this boot of ``board`` that is there now; returns whether that is a restart."""
+        peer = self.peers[board]
+        if peer.boot == boot:
+            return False
+        restarted = peer.boot >= 0
+        peer.boot, peer.incarnation = boot, 0
+        peer.report, peer.left = None, False
+        return restarted
 
     def usable(self) -> Sequence[BoardId]:
         """Boards to pick proposers from, in an order that does not depend on arrival."""
@@ -153,12 +164,3 @@ class Membership:
         """The board's next state; see :data:`TRANSITIONS`."""
         peer = self.peers[board]
         peer.presence = TRANSITIONS[peer.presence, event]
-
-    def _boot(self, peer: Peer, boot: int) -> bool:
-        """This is the boot of it that is there now; returns whether that is a restart."""
-        if peer.boot == boot:
-            return False
-        restarted = peer.boot >= 0
-        peer.boot, peer.incarnation = boot, 0
-        peer.report, peer.left = None, False
-        return restarted
