@@ -393,3 +393,318 @@ class Swim:
             suspicion.since_ms += late_ms + PROBE_MS
         for helped in self._helped.values():
             helped.until_ms = now_ms + HELP_MS
+
+    # --- asking
+
+    def _probe_next(self, now_ms: int) -> None:
+        """Ask the next board in turn. One that is gone while its link stands, as after a partition,
+        is called as well, without waiting for an answer."""
+        peers = self._members.peers
+        for _ in range(2):
+            while self._turn:
+                board = self._turn.pop()
+                peer = peers.get(board)
+                if peer is None or board in self._probes:
+                    continue
+                if peer.there:
+                    self._probe(board, now_ms)
+                    return
+                if peer.linked and not peer.left:
+                    self._ping(board, self._next_number(), sure=True)
+                    return
+            self._turn = [b for b, peer in peers.items() if peer.there or peer.linked]
+            self._rng.shuffle(self._turn)
+
+    def _ping(self, board: BoardId, number: int, *, sure: bool = False) -> None:
+        news, report = self._some(board), self._ride(board)
+        self._send(board, Ping(number, self.incarnation, news, report, sure))
+
+    def _probe(self, board: BoardId, now_ms: int) -> None:
+        if board in self._probes:
+            return
+        stretch = self.health + 1
+        probe = _Probe(
+            board, self._next_number(), now_ms + TIMEOUT_MS * stretch, now_ms + PROBE_MS * stretch
+        )
+        self._probes[board] = probe
+        if self._members.peers[board].linked:
+            self._ping(board, probe.number)
+        else:
+            self._ask_around(probe, now_ms)
+
+    def _ask_around(self, probe: _Probe, now_ms: int) -> None:
+        probe.due_ms = max(probe.ends_ms, now_ms + TIMEOUT_MS)
+        others = [board for board in self._reachable() if board != probe.board]
+        helpers = self._sample(others, HELPERS)
+        probe.helpers = len(helpers)
+        for helper in helpers:
+            news = self._some(helper)
+            self._send(helper, PingReq(probe.number, self._ids[probe.board], news))
+        if self._members.peers[probe.board].linked:
+            self._ping(probe.board, probe.number, sure=True)
+
+    def _probe_due(self, probe: _Probe, now_ms: int) -> None:
+        if probe.helpers < 0:
+            self._ask_around(probe, now_ms)
+            return
+        del self._probes[probe.board]
+        peer = self._members.peers[probe.board]
+        if probe.vouched:
+            peer.mute = True
+            return
+        if not peer.there:
+            return
+        missing = probe.helpers - probe.nacks if probe.helpers else 1
+        self.health = min(max(self.health + missing, 0), MAX_HEALTH)
+        self._suspect(peer, self._id, now_ms)
+        self._suspicions[probe.board].again_ms = now_ms + AGAIN_MS
+
+    # --- suspecting
+
+    def _needed(self) -> int:
+        """Others that have to find the same, for a suspicion to be as short as it gets."""
+        return min(CONFIRMATIONS, self._size() - 2)
+
+    def _size(self) -> int:
+        """How many boards the group has now, as far as is known, this one included."""
+        return 1 + sum(peer.there for peer in self._members.peers.values())
+
+    def _suspect(self, peer: Peer, by: bytes, now_ms: int) -> None:
+        """Somebody found that a board does not answer."""
+        suspicion = self._suspicions.get(peer.board)
+        if suspicion is None:
+            least_ms = round(SUSPICION_MS * max(1.0, math.log10(self._size())))
+            suspicion = self._suspicions[peer.board] = _Suspicion(now_ms, least_ms, now_ms)
+        if by == self._id:
+            self._members.move(peer.board, SILENT)
+        if by not in suspicion.by and (len(suspicion.by) <= CONFIRMATIONS or by == self._id):
+            suspicion.by.add(by)
+            self._spread(self._news(peer.board, IS_SUSPECT, by))
+
+    def _may_end(self, board: BoardId) -> bool:
+        """Whether time alone makes a suspected board gone: with a link, this board has to have
+        found by itself that it does not answer."""
+        return self._id in self._suspicions[board].by or not self._members.peers[board].linked
+
+    def _suspicion_due(self, board: BoardId, now_ms: int) -> None:
+        suspicion = self._suspicions[board]
+        if self._may_end(board) and now_ms >= suspicion.ends_ms(self._needed()):
+            self._gone(self._members.peers[board], self._id)
+        elif now_ms >= suspicion.again_ms:
+            suspicion.again_ms = now_ms + AGAIN_MS
+            self._probe(board, now_ms)
+
+    def _gone(self, peer: Peer, by: bytes) -> None:
+        was_there = peer.there
+        self._settle(peer.board)
+        self._members.move(peer.board, LOST)
+        self._spread(self._news(peer.board, IS_GONE, by))
+        if was_there:
+            self.lost.append((peer.board, "fell silent"))
+
+    def _calm(self, board: BoardId) -> None:
+        """It is not suspected any more."""
+        if self._suspicions.pop(board, None) is not None:
+            self._drop_rumours(self._ids[board], doubts=True)
+
+    def _settle(self, board: BoardId) -> None:
+        """What was being found out about it is known."""
+        self._calm(board)
+        self._probes.pop(board, None)
+
+    # --- news
+
+    def _news(self, board: BoardId, state: int, by: bytes = b"") -> News:
+        peer = self._members.peers[board]
+        return News(self._ids[board], state, max(peer.boot, 0), peer.incarnation, by or self._id)
+
+    def _take(self, sender: BoardId, news: Iterable[News], now_ms: int) -> None:
+        for each in news:
+            board = self._boards.get(each.board)
+            if each.board == self._id:
+                self._accused(sender, each)
+            elif board is not None and board != sender:  # of itself it says all by its messages
+                self._learn(self._members.peers[board], each, now_ms)
+
+    def _accused(self, sender: BoardId, news: News) -> None:
+        """Others doubt that this board is there."""
+        doubted = news.state != IS_ALIVE and news.boot == self._boot
+        if not doubted or not self.incarnation <= news.incarnation <= self.incarnation + LEAP:
+            return
+        self.incarnation = news.incarnation + 1
+        own = News(self._id, IS_ALIVE, self._boot, self.incarnation, self._id)
+        self._spread(own)
+        self._send(sender, Gossip((own,)))
+
+    def _learn(self, peer: Peer, news: News, now_ms: int) -> None:
+        if news.boot != peer.boot:
+            # A link says which boot is there. Without one, the later boot is the one that counts.
+            if peer.linked or news.boot < peer.boot:
+                return
+        elif not peer.incarnation <= news.incarnation <= peer.incarnation + LEAP:
+            return
+        match news.state:
+            case 0:  # IS_ALIVE
+                self._learn_alive(peer, news)
+            case 1:  # IS_SUSPECT
+                self._learn_suspect(peer, news, now_ms)
+            case 2:  # IS_GONE
+                self._learn_gone(peer, news, now_ms)
+
+    def _learn_alive(self, peer: Peer, news: News) -> None:
+        newer = (news.boot, news.incarnation) > (peer.boot, peer.incarnation)
+        if not newer and peer.presence is not Presence.UNHEARD:
+            return
+        self._adopt(peer, news)
+        self._calm(peer.board)
+        self._members.vouched(peer.board)
+        self._spread(news)
+
+    def _learn_suspect(self, peer: Peer, news: News, now_ms: int) -> None:
+        if news.boot == peer.boot and peer.there:
+            peer.incarnation = news.incarnation
+            self._suspect(peer, news.by, now_ms)
+            self._suspicion_due(peer.board, now_ms)
+
+    def _learn_gone(self, peer: Peer, news: News, now_ms: int) -> None:
+        suspicion = self._suspicions.get(peer.board)
+        found = suspicion is not None and self._id in suspicion.by
+        if peer.linked and not found:
+            self._learn_suspect(peer, news, now_ms)  # but this board wants to find it itself
+        elif peer.presence is not Presence.GONE or news.boot != peer.boot:
+            self._adopt(peer, news)
+            self._gone(peer, news.by)
+
+    def _adopt(self, peer: Peer, news: News) -> None:
+        """Others know of a later life of the board."""
+        if self._members.is_boot(peer.board, news.boot):
+            self.lost.append((peer.board, "restarted"))
+        peer.incarnation = news.incarnation
+
+    def _spread(self, news: News) -> None:
+        by = news.by if news.state == IS_SUSPECT else b""
+        if not by:
+            self._drop_rumours(news.board)
+        self._rumours[news.board, by] = _Rumour(news)
+
+    def _drop_rumours(self, board: bytes, *, doubts: bool = False) -> None:
+        """All news of a board, or only that it is suspected."""
+        for key in [key for key in self._rumours if key[0] == board and (key[1] or not doubts)]:
+            del self._rumours[key]
+
+    def _some(self, to: BoardId) -> tuple[News, ...]:
+        """News to go along, those told least often first; what is said of the recipient itself
+        before all, until it is contradicted."""
+        own = self._ids[to]
+        news = []
+        if to in self._suspicions or self._members.peers[to].presence is Presence.GONE:
+            news = [self._news(to, IS_SUSPECT)]
+        if not self._rumours:
+            return tuple(news)
+        most = RETRANSMIT * math.ceil(math.log10(self._size() + 1))
+        for rumour in sorted(self._rumours.values(), key=lambda rumour: rumour.told):
+            if len(news) == limits.MAX_NEWS:
+                break
+            if rumour.news.board != own:
+                news.append(rumour.news)
+                rumour.told += 1
+        self._rumours = {k: rumour for k, rumour in self._rumours.items() if rumour.told < most}
+        return tuple(news)
+
+    def digest(self) -> bytes:
+        """What is believed of everybody, in 8 bytes; suspicions come and go and do not count."""
+        view = hashlib.sha256()
+        for news in self._view():
+            state = bytes([news.state])
+            view.update(news.board + state + news.boot.to_bytes(8) + news.incarnation.to_bytes(8))
+        return view.digest()[:8]
+
+    def _view(self) -> tuple[News, ...]:
+        view = [News(self._id, IS_ALIVE, self._boot, self.incarnation, self._id)]
+        for board, peer in self._members.peers.items():
+            if peer.boot >= 0 and peer.presence is not Presence.UNHEARD:
+                view.append(self._news(board, IS_ALIVE if peer.there else IS_GONE))
+        view.sort(key=lambda news: news.board)
+        return tuple(view[: limits.MAX_GROUP_BOARDS])
+
+    # --- reports
+
+    def announce(self, now_ms: int) -> None:
+        """Tell everybody at once: something has changed that others should know."""
+        self._repeats = REPORT_REPEATS
+        self._tell_all(self._report(now_ms), now_ms)
+
+    def _report_due(self, now_ms: int) -> None:
+        report = self._report(now_ms)
+        if self._latest is None or _figures(self._latest) != _figures(report):
+            self._latest = report
+            self._rides.clear()
+        stale = is_busy(report) and now_ms >= self._told_ms + REFRESH_MS
+        if self._told is None or differs(self._told, report):
+            self._repeats = REPORT_REPEATS
+        elif self._repeats:
+            self._repeats -= 1
+        elif not stale:
+            return
+        self._tell_all(report, now_ms)
+
+    def _tell_all(self, report: Alive, now_ms: int) -> None:
+        self._told, self._told_ms = report, now_ms
+        for board in self._reachable():
+            self._send(board, report)
+
+    def _ride(self, to: BoardId) -> Alive | None:
+        """This board's report, for what goes to ``to`` anyway, where that may not know it yet."""
+        rides = self._rides.get(to, 0)
+        if rides >= REPORT_RIDES:
+            return None
+        self._rides[to] = rides + 1
+        return self._latest
+
+    # --- small change
+
+    def last_words(self) -> None:
+        """Good-bye to everybody within reach."""
+        for board, peer in self._members.peers.items():
+            if peer.linked:
+                self._send(board, Leave(self._boot))
+
+    def _reachable(self) -> list[BoardId]:
+        return [board for board, peer in self._members.peers.items() if peer.linked and peer.there]
+
+    def _sample(self, boards: list[BoardId], most: int) -> list[BoardId]:
+        return self._rng.sample(boards, min(most, len(boards)))
+
+    def _send(self, to: BoardId, message: Message) -> None:
+        self.out.append((to, message))
+
+
+def _said(news: News, of: Iterable[News]) -> bool:
+    """Whether ``of`` says the same, whoever found it."""
+    same = news.board, news.state, news.boot, news.incarnation
+    return any((each.board, each.state, each.boot, each.incarnation) == same for each in of)
+
+
+def _figures(report: Alive) -> tuple[object, ...]:
+    return tuple(getattr(report, name) for name in report.__struct_fields__ if name != "sequence")
+
+
+def is_busy(report: Alive) -> bool:
+    """Whether the board has work, so that what it said changes with time."""
+    return bool(report.waiting or report.running)
+
+
+def differs(old: Alive, new: Alive) -> bool:
+    """Whether others should hear of the change at once: another state, or a figure off by a fifth
+    of itself and by more than a little."""
+    if (old.accepting, old.model, old.name) != (new.accepting, new.model, new.name):
+        return True
+    figures = (
+        (old.waiting, new.waiting, 1),
+        (old.running, new.running, 1),
+        (old.expected_wait_ms, new.expected_wait_ms, 100),
+        (old.proposal_ms, new.proposal_ms, 20),
+        (old.aggregation_ms, new.aggregation_ms, 20),
+        (old.utilisation_permille, new.utilisation_permille, 50),
+    )
+    return any(abs(was - now) >= max(0.2 * was, least) for was, now, least in figures)
