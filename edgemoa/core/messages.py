@@ -75,6 +75,11 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     aggregation_ms: Millis = 0
     utilisation_permille: Count = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the board has work, so that what it said changes with time."""
+        return bool(self.waiting or self.running)
+
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
     """The board stops in good order; no need to suspect it first."""

@@ -133,6 +133,7 @@ class Swim:
         own: BoardId,
         boot: int,
         members: Membership,
+        *,
         rng: Random,
         report: Callable[[int], Alive],
         now_ms: int,
@@ -639,7 +640,7 @@ class Swim:
         if self._latest is None or _figures(self._latest) != _figures(report):
             self._latest = report
             self._rides.clear()
-        stale = is_busy(report) and now_ms >= self._told_ms + REFRESH_MS
+        stale = report.is_busy and now_ms >= self._told_ms + REFRESH_MS
         if self._told is None or differs(self._told, report):
             self._repeats = REPORT_REPEATS
         elif self._repeats:
@@ -687,11 +688,6 @@ def _said(news: News, of: Iterable[News]) -> bool:
 
 def _figures(report: Alive) -> tuple[object, ...]:
     return tuple(getattr(report, name) for name in report.__struct_fields__ if name != "sequence")
-
-
-def is_busy(report: Alive) -> bool:
-    """Whether the board has work, so that what it said changes with time."""
-    return bool(report.waiting or report.running)
 
 
 def differs(old: Alive, new: Alive) -> bool:
