@@ -309,14 +309,14 @@ class Node:
     def linked(self, board: BoardId, boot: int, now_ms: int) -> list[Effect]:
         """Messages can reach a paired board from now on, and it is this boot of it that they
         reach; a link that only takes another's place may be told as well."""
-        if board in self.members.peers:
+        if board in self.members.peers and not self._stopped:
             self.swim.linked(board, boot, now_ms)
             self._heed(now_ms)
         return self._settle(now_ms)
 
     def unlinked(self, board: BoardId, now_ms: int) -> list[Effect]:
         """The link with a board has ended, and there is no other."""
-        if board in self.members.peers:
+        if board in self.members.peers and not self._stopped:
             self.swim.unlinked(board, now_ms)
             self._heed(now_ms)
         return self._settle(now_ms)
