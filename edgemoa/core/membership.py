@@ -42,6 +42,7 @@ class Peer:
     name: str
     presence: Presence = Presence.UNHEARD
     heard_ms: int = 0
+    asked_ms: int = 0  # when this board last asked it whether it is there
     report: Alive | None = None
     report_ms: int = 0  # when that came: it stands until the next
     linked: bool = False  # whether messages can reach it

@@ -1,6 +1,6 @@
 """Who is there, found out by asking each other: SWIM with Lifeguard's additions.
 
-Every second a board pings one other, each in its turn. One that does not answer is asked for by
+Every second a board pings one other, that which it has not heard for longest. One that does not answer is asked for by
 three others, and over the connection; if that fails too, it is suspected. Suspicions spread as news
 on datagrams that are sent anyway, and on a few more while there are any. Whoever hears one pings
 the board at once and tells it, so that it can contradict, by a higher incarnation. It is gone when
@@ -144,6 +144,8 @@ class Swim:
         """How slow this board finds itself: 0 for not at all, up to :data:`MAX_HEALTH`."""
         self.incarnation = 0
         """How often this board had to contradict."""
+        self.deaths = 0
+        """How often a board was given up here that had been there."""
         self._boot = boot
         self._members = members
         self._rng = rng
@@ -152,7 +154,6 @@ class Swim:
         self._ids: dict[BoardId, bytes] = {}
         self._boards: dict[bytes, BoardId] = {}
         self._number = 0
-        self._turn: list[BoardId] = []  # who is asked next, from the end
         self._probes: dict[BoardId, _Probe] = {}
         self._helped: dict[int, _Helped] = {}
         self._suspicions: dict[BoardId, _Suspicion] = {}
@@ -398,23 +399,21 @@ class Swim:
     # --- asking
 
     def _probe_next(self, now_ms: int) -> None:
-        """Ask the next board in turn. One that is gone while its link stands, as after a partition,
-        is called as well, without waiting for an answer."""
-        peers = self._members.peers
-        for _ in range(2):
-            while self._turn:
-                board = self._turn.pop()
-                peer = peers.get(board)
-                if peer is None or board in self._probes:
-                    continue
-                if peer.there:
-                    self._probe(board, now_ms)
-                    return
-                if peer.linked and not peer.left:
-                    self._ping(board, self._next_number(), sure=True)
-                    return
-            self._turn = [b for b, peer in peers.items() if peer.there or peer.linked]
-            self._rng.shuffle(self._turn)
+        """Ask the board that was neither heard nor asked for longest. One that is gone while its
+        link stands, as after a partition, is called as well, without waiting for an answer."""
+        peers = [
+            peer
+            for board, peer in self._members.peers.items()
+            if (peer.there or (peer.linked and not peer.left)) and board not in self._probes
+        ]
+        if not peers:
+            return
+        peer = min(peers, key=lambda peer: (max(peer.heard_ms, peer.asked_ms), self._rng.random()))
+        if peer.there:
+            self._probe(peer.board, now_ms)
+        else:
+            peer.asked_ms = now_ms
+            self._ping(peer.board, self._next_number(), sure=True)
 
     def _ping(self, board: BoardId, number: int, *, sure: bool = False) -> None:
         news, report = self._some(board), self._ride(board)
@@ -428,6 +427,7 @@ class Swim:
             board, self._next_number(), now_ms + TIMEOUT_MS * stretch, now_ms + PROBE_MS * stretch
         )
         self._probes[board] = probe
+        self._members.peers[board].asked_ms = now_ms
         if self._members.peers[board].linked:
             self._ping(board, probe.number)
         else:
@@ -501,6 +501,7 @@ class Swim:
         self._members.move(peer.board, LOST)
         self._spread(self._news(peer.board, IS_GONE, by))
         if was_there:
+            self.deaths += 1
             self.lost.append((peer.board, "fell silent"))
 
     def _calm(self, board: BoardId) -> None:

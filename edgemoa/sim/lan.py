@@ -43,6 +43,7 @@ class Machine:
     boot: int = 0
     asleep_until_ms: int = 0
     tick_ms: int = -1
+    deaths: int = 0
     links: dict[int, int] = field(default_factory=dict)  # with which boot of whom
 
 
@@ -87,13 +88,14 @@ class Lan:
         """A board comes up, with a new boot."""
         machine = self.machines[place]
         machine.boot += 1
+        machine.deaths, machine.tick_ms = 0, -1
         random = Random(self._rng.getrandbits(64))
         settings = NodeSettings(name=machine.board, boot=machine.boot)
         node = machine.node = Node(machine.board, settings, random, self.now_ms)
         for other in self.machines:
             if other is not machine:
                 node.pair(other.board, other.board, self.now_ms)
-        self._do(machine, node.engine_is_ready(EngineInfo("smollm2-135m", 2_048), self.now_ms))
+        self._do(machine, node.engine_is_ready(EngineInfo("smollm2-135m", 2_048, slots=1), self.now_ms))
         for other in self.machines:
             if other.node is not None and other is not machine:
                 self._dial(machine, other, self._rng.randint(20, 500), REDIAL_MS[0])
@@ -239,6 +241,9 @@ class Lan:
         node = machine.node
         if node is None:
             return
+        if node.swim.deaths != machine.deaths:
+            machine.deaths = node.swim.deaths
+            self._mourn(machine)
         due_ms = max(node.next_deadline_ms(), self.now_ms + 1)
         if machine.tick_ms <= self.now_ms or due_ms < machine.tick_ms:
             machine.tick_ms = due_ms
@@ -251,18 +256,16 @@ class Lan:
             machine.tick_ms = machine.asleep_until_ms
             self._at(machine.tick_ms, lambda: self._tick(machine, node, machine.tick_ms), after=1)
             return
-        gone = {each.board for each in self.machines if self._is_believed_gone(each)}
         self._do(machine, node.tick(self.now_ms))
-        for each in self.machines:
-            if each.node is not None and each.board not in gone and self._is_believed_gone(each):
-                self.false_deaths += 1
 
-    def _is_believed_gone(self, machine: Machine) -> bool:
-        return any(
-            other.node.members.peers[machine.board].presence is Presence.GONE
-            for other in self.machines
-            if other.node is not None and other is not machine
-        )
+    def _mourn(self, machine: Machine) -> None:
+        """A board has given up others: those that are up count, the first time."""
+        up = self.up()
+        for place in up:
+            if place != machine.place and self.presence(place, machine.place) is Presence.GONE:
+                others = [by for by in up if by not in (place, machine.place)]
+                gone = [by for by in others if self.presence(place, by) is Presence.GONE]
+                self.false_deaths += not gone
 
     def _at(self, at_ms: int, event: Callable[[], None], after: int = 0) -> None:
         self._order += 1
