@@ -1,10 +1,11 @@
 """Who is there, found out by asking each other: SWIM with Lifeguard's additions.
 
-Every second a board pings one other, that which it has not heard for longest. One that does not answer is asked for by
-three others, and over the connection; if that fails too, it is suspected. Suspicions spread as news
-on datagrams that are sent anyway, and on a few more while there are any. Whoever hears one pings
-the board at once and tells it, so that it can contradict, by a higher incarnation. It is gone when
-nothing has contradicted for some time, the shorter the more boards found the same by themselves.
+Every second a board pings one other, that which it has not heard for longest. One that does not
+answer is asked for by three others, and over the connection; if that fails too, it is suspected.
+Suspicions spread as news on datagrams that are sent anyway, and on a few more while there are any.
+Whoever hears one pings the board at once and tells it, so that it can contradict, by a higher
+incarnation. It is gone when nothing has contradicted for some time, the shorter the more boards
+found the same by themselves.
 
 A board believes itself before others: while it has a link to another one, nobody's word makes that
 gone, only that its own pings stay without an answer as well. And a board that finds itself slow (it
@@ -471,7 +472,8 @@ class Swim:
         return 1 + sum(peer.there for peer in self._members.peers.values())
 
     def _suspect(self, peer: Peer, by: bytes, now_ms: int) -> None:
-        """Somebody found that a board does not answer."""
+        """Somebody found that a board does not answer. What follows is for :meth:`tick`: what is
+        heard from the board may be next in line, where this one is late to listen."""
         suspicion = self._suspicions.get(peer.board)
         if suspicion is None:
             least_ms = round(SUSPICION_MS * max(1.0, math.log10(self._size())))
@@ -550,8 +552,10 @@ class Swim:
                 self._learn_alive(peer, news)
             case 1:  # IS_SUSPECT
                 self._learn_suspect(peer, news, now_ms)
-            case 2:  # IS_GONE
-                self._learn_gone(peer, news, now_ms)
+            case 2 if peer.linked:  # IS_GONE, but this board wants to find that itself
+                self._learn_suspect(peer, news, now_ms)
+            case 2:
+                self._learn_gone(peer, news)
 
     def _learn_alive(self, peer: Peer, news: News) -> None:
         newer = (news.boot, news.incarnation) > (peer.boot, peer.incarnation)
@@ -566,14 +570,9 @@ class Swim:
         if news.boot == peer.boot and peer.there:
             peer.incarnation = news.incarnation
             self._suspect(peer, news.by, now_ms)
-            self._suspicion_due(peer.board, now_ms)
 
-    def _learn_gone(self, peer: Peer, news: News, now_ms: int) -> None:
-        suspicion = self._suspicions.get(peer.board)
-        found = suspicion is not None and self._id in suspicion.by
-        if peer.linked and not found:
-            self._learn_suspect(peer, news, now_ms)  # but this board wants to find it itself
-        elif peer.presence is not Presence.GONE or news.boot != peer.boot:
+    def _learn_gone(self, peer: Peer, news: News) -> None:
+        if peer.presence is not Presence.GONE or news.boot != peer.boot:
             self._adopt(peer, news)
             self._gone(peer, news.by)
 
