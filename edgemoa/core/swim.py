@@ -179,11 +179,11 @@ class Swim:
 
     def forget(self, board: BoardId) -> None:
         """One that is about to leave the table."""
-        known = self._ids.pop(board, None)
-        if known is None:
+        if board not in self._ids:
             return
-        del self._boards[known]
         self._settle(board)
+        known = self._ids.pop(board)
+        del self._boards[known]
         self._drop_rumours(known)
         self._rides.pop(board, None)
         for number in [n for n, help in self._helped.items() if board in (help.asker, help.board)]:

@@ -104,7 +104,7 @@ class Rig:
         """The first ping of a board that does not answer from now on."""
         self.sent.clear()
         others = [each for each in self.members.peers if each != board]
-        for _ in range(100):
+        for _ in range(1_000):
             self.wait(max(self.swim.due_ms() - self.now, 0), *others)
             pings = self.messages(Ping, board)
             if pings:
