@@ -95,7 +95,9 @@ class Lan:
         for other in self.machines:
             if other is not machine:
                 node.pair(other.board, other.board, self.now_ms)
-        self._do(machine, node.engine_is_ready(EngineInfo("smollm2-135m", 2_048, slots=1), self.now_ms))
+        self._do(
+            machine, node.engine_is_ready(EngineInfo("smollm2-135m", 2_048, slots=1), self.now_ms)
+        )
         for other in self.machines:
             if other.node is not None and other is not machine:
                 self._dial(machine, other, self._rng.randint(20, 500), REDIAL_MS[0])
@@ -145,6 +147,13 @@ class Lan:
             self._in(sleeps_ms, lambda: self._nap(machine, naps))
 
         self._in(runs_ms, sleep)
+
+    def hear(self, place: int, sender: int, message: Message) -> None:
+        """A board is told something, as by another one."""
+        machine = self.machines[place]
+        if machine.node is not None:
+            board = self.machines[sender].board
+            self._do(machine, machine.node.receive(board, message, self.now_ms))
 
     # --- links
 

@@ -589,9 +589,7 @@ def test_a_change_is_told_to_all_at_once_and_again_against_loss() -> None:
     for board in (B, C):
         assert len(rig.messages(Alive, board)) == 1 + swim.REPORT_REPEATS
     for _ in range(10):
-        rig.load = msgspec.structs.replace(
-            rig.load, expected_wait_ms=2 * rig.load.expected_wait_ms
-        )
+        rig.load = msgspec.structs.replace(rig.load, expected_wait_ms=2 * rig.load.expected_wait_ms)
         rig.sent.clear()
         rig.wait(swim.REPORT_MS, B, C)
         assert len(rig.messages(Alive, B)) == 1  # a second at most
