@@ -117,6 +117,12 @@ class Lan:
             self._do(machine, machine.node.stop(self.now_ms))
             self._end(place, DELAY_MS[1])
 
+    def lose_engine(self, place: int) -> None:
+        """A board's model goes away; that is something to report."""
+        machine = self.machines[place]
+        if machine.node is not None:
+            self._do(machine, machine.node.engine_is_lost(self.now_ms))
+
     def part(self, *sides: Iterable[int]) -> None:
         """Nothing gets from one side to another any more."""
         groups = [set(side) for side in sides]

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from edgemoa.core import envelope
-from edgemoa.core.messages import HOP_MESSAGES, ChatMessage, Message, Sampling
+from edgemoa.core.messages import HOP_MESSAGES, BoardId, ChatMessage, Message, Sampling
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelFile, content_id
 from edgemoa.net import copies, pairing, sealed, wire
