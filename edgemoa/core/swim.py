@@ -400,8 +400,9 @@ class Swim:
     # --- asking
 
     def _probe_next(self, now_ms: int) -> None:
-        """Ask the board that was neither heard nor asked for longest. One that is gone while its
-        link stands, as after a partition, is called as well, without waiting for an answer."""
+        """Ask the board that was neither heard nor asked for longest; but each in two rounds, since
+        who is heard need not hear. One that is gone while its link stands, as after a partition, is
+        called as well, without waiting for an answer."""
         peers = [
             peer
             for board, peer in self._members.peers.items()
@@ -409,7 +410,14 @@ class Swim:
         ]
         if not peers:
             return
-        peer = min(peers, key=lambda peer: (max(peer.heard_ms, peer.asked_ms), self._rng.random()))
+        overdue_ms = now_ms - 2 * PROBE_MS * len(peers)
+
+        def silent_since(peer: Peer) -> tuple[float, float]:
+            only_heard = peer.mute or peer.asked_ms < overdue_ms
+            since_ms = peer.asked_ms if only_heard else max(peer.heard_ms, peer.asked_ms)
+            return since_ms, self._rng.random()
+
+        peer = min(peers, key=silent_since)
         if peer.there:
             self._probe(peer.board, now_ms)
         else:

@@ -14,7 +14,7 @@ from netbed import CANARY, FAST, SECRET, Bed, Board, large, run, small, until
 
 from edgemoa import config
 from edgemoa.core import limits
-from edgemoa.core.messages import Alive
+from edgemoa.core.messages import Alive, Ping, Sync
 from edgemoa.errors import AddressInUseError, ConfigError
 from edgemoa.net.network import Network
 from edgemoa.net.pairing import new_join_secret, parse_join_secret
