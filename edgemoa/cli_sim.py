@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked(number(0, 3600)),
         default=1.0,
         metavar="S",
-        help="boards report their load so often, where messages about it are not simulated (default: 1)",
+        help="boards report their load so often, unless membership is simulated (default: 1)",
     )
     faults = parser.add_argument_group("faults, with every message of the membership simulated")
     faults.add_argument(

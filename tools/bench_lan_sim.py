@@ -1,7 +1,7 @@
 """Measures what the boards of a group know of each other, in a simulated network that fails.
 
 Twenty boards that do nothing but watch each other (``edgemoa/sim/lan.py``); five for partitions.
-Each figure has a reach and an aim; ``--check`` exits 1 if a figure is short of its reach. ``--quick``
+Each figure has a reach and an aim; ``--check`` exits 1 if one is short of its reach. ``--quick``
 does a tenth, to try the tool.
 """
 

@@ -552,9 +552,7 @@ class Node:
     def _promise_ms(self, request: Request) -> int:
         return min(self.settings.promise_ms, request.deadline_ms)
 
-    def _candidates(
-        self, proposers: int, asked: Container[BoardId], now_ms: int
-    ) -> list[Outlook]:
+    def _candidates(self, proposers: int, asked: Container[BoardId], now_ms: int) -> list[Outlook]:
         """Peers that could be asked, the best first."""
         if not proposers:
             return []

@@ -1,8 +1,8 @@
 """A group's view of itself without messages: one table that all simulated boards share.
 
 A real board keeps a :class:`~edgemoa.core.membership.Peer` for each other one, told by a report a
-second while it works: a million messages a second for a thousand boards. Here a board's report is looked up when
-another needs it: the one that it gave when its last whole interval ended.
+second while its work changes: a million messages a second for a thousand boards. Here a board's
+report is looked up when another needs it: the one that it gave when its last whole interval ended.
 """
 
 from __future__ import annotations

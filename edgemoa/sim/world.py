@@ -386,9 +386,7 @@ class World:
         board.links.clear()
         for other in self._reported:
             if other is not board and other.node is not None:
-                self._in(
-                    noticed_ms, self._unlink, other, other.boot, board.board_id, board.boot
-                )
+                self._in(noticed_ms, self._unlink, other, other.boot, board.board_id, board.boot)
         self._engine_dies(board)
         self._count(board, 0, busy=False)
         board.down_since_ms = self.now_ms

@@ -88,7 +88,7 @@ def test_links_are_told_before_what_comes_over_them(tmp_path: Path) -> None:
     async def test(bed: Bed) -> None:
         a, b = await bed.pair()
         boot = b.network.boot_epoch
-        assert {link for link in a.heard.linked} == {(b.id, boot)}
+        assert set(a.heard.linked) == {(b.id, boot)}
         await b.crash()
         await until(lambda: a.heard.unlinked == [b.id])
         b = await bed.board("b", seeds=(a.seed,))

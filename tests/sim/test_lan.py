@@ -13,8 +13,8 @@ from edgemoa.sim.lan import Lan
 A, B, C, D, E = range(5)
 
 
-def settled(boards: int, seed: int = 1, **network: float) -> Lan:
-    lan = Lan(boards, Random(seed), **network)
+def settled(boards: int, seed: int = 1, loss: float = 0.0) -> Lan:
+    lan = Lan(boards, Random(seed), loss=loss)
     lan.run(20_000)
     assert lan.agrees()
     return lan

@@ -102,7 +102,7 @@ ALIVE: dict[str, Any] = {
 }
 SHORT_ID = (bytes, 8, 8)
 NEWS = (tuple, SHORT_ID, (INT, 0, 255), EPOCH, EPOCH, SHORT_ID)  # an array
-TIDINGS = (LIST, 0, 20, NEWS, [])
+TIDINGS: tuple[Any, ...] = (LIST, 0, 20, NEWS, [])
 ASKED: dict[str, Any] = {
     "number": EPOCH,
     "incarnation": EPOCH,

@@ -316,7 +316,7 @@ def hops() -> Vectors:
         ("layer 0", {"layer": 0}),
     ):
         bad.append((name, msgpack.packb({**fields, **changes})))
-    one = [NEWS.board, NEWS.state, NEWS.boot, NEWS.incarnation, NEWS.by]
+    one: list[Any] = [NEWS.board, NEWS.state, NEWS.boot, NEWS.incarnation, NEWS.by]
     for name, each in (
         ("news that are no array", {"board": NEWS.board}),
         ("news cut off", one[:-1]),
@@ -328,15 +328,15 @@ def hops() -> Vectors:
     ):
         bad.append((name, msgpack.packb({"type": "gossip", "news": [each]})))
     ping = {"type": "ping", "number": 1, "incarnation": 0}
-    for name, changes in (
+    wrong: list[tuple[str, Vectors]] = [
         ("a ping with nil for its incarnation", {"incarnation": None}),
         ("a ping with a number as text", {"number": "1"}),
         ("a ping with too many news", {"news": [one] * 21}),
         ("a ping with a report that is none", {"report": {"type": "alive", "boot": 1}}),
         ("a ping with a report of another type", {"report": {"type": "leave", "boot": 1}}),
         ("a ping with 1 for true", {"sure": 1}),
-    ):
-        bad.append((name, msgpack.packb({**ping, **changes})))
+    ]
+    bad += [(name, msgpack.packb({**ping, **changes})) for name, changes in wrong]
     bad += [
         ("a digest of 9 bytes", msgpack.packb({"type": "sync", "digest": b"123456789"})),
         ("a view of too many", msgpack.packb({"type": "view", "news": [one] * 65})),
