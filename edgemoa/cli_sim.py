@@ -159,9 +159,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked(number(0, 3600)),
         default=1.0,
         metavar="S",
-        help="boards report their load so often, where heartbeats are not simulated (default: 1)",
+        help="boards report their load so often, unless membership is simulated (default: 1)",
     )
-    faults = parser.add_argument_group("faults, with every heartbeat simulated")
+    faults = parser.add_argument_group("faults, with every message of the membership simulated")
     faults.add_argument(
         "--loss",
         type=checked(number(0, 0.999)),
@@ -177,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per board and hour",
     )
     faults.add_argument(
-        "--heartbeats", action="store_true", help="simulate heartbeats though nothing fails"
+        "--membership", action="store_true", help="simulate its messages though nothing fails"
     )
     runs = parser.add_argument_group("runs")
     length = runs.add_mutually_exclusive_group()
@@ -350,7 +350,7 @@ def _scenario(arguments: argparse.Namespace) -> Scenario:
         layer_deadline_s=FREE if arguments.paper else arguments.deadline / 2,
         deadline_s=FREE if arguments.paper else arguments.deadline,
         node=settings,
-        reports="heartbeats" if faults or arguments.heartbeats else "table",
+        reports="messages" if faults or arguments.membership else "table",
         report_age_s=arguments.report_age,
         loss=arguments.loss,
         crashes_per_s=arguments.crashes / 3600,

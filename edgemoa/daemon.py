@@ -329,6 +329,14 @@ class Daemon:
         """A board may no longer be spoken to."""
         self._tell(lambda now: self._node.unpair(board, now))
 
+    def on_linked(self, board: BoardId, boot: int) -> None:
+        """Messages reach a board from now on."""
+        self._tell(lambda now: self._node.linked(board, boot, now))
+
+    def on_unlinked(self, board: BoardId) -> None:
+        """Messages reach it no longer."""
+        self._tell(lambda now: self._node.unlinked(board, now))
+
     # --- what the engine tells
 
     def on_ready(self, info: EngineInfo) -> None:

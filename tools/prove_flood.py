@@ -39,10 +39,12 @@ from figures import Row, row, say, tell  # noqa: E402
 from edgemoa import config  # noqa: E402
 from edgemoa.core import limits  # noqa: E402
 from edgemoa.core.messages import (  # noqa: E402
+    Ack,
     BoardId,
     ChatMessage,
     Declined,
     Message,
+    Ping,
     Propose,
     Queued,
     Sampling,
@@ -389,8 +391,10 @@ class Peer:
 
     # what the network tells
 
-    def on_message(self, _: BoardId, message: Message) -> None:
-        if isinstance(message, Queued | Declined) and message.request_id in self._wanted:
+    def on_message(self, sender: BoardId, message: Message) -> None:
+        if isinstance(message, Ping):
+            self._network.send(sender, Ack(message.number, 0, sure=message.sure))
+        elif isinstance(message, Queued | Declined) and message.request_id in self._wanted:
             self._wanted.discard(message.request_id)
             self.counts["taken" if isinstance(message, Queued) else "declined"] += 1
 
@@ -404,6 +408,12 @@ class Peer:
 
     def on_unpaired(self, _: BoardId, reason: str) -> None:
         self._there.clear()
+
+    def on_linked(self, board: BoardId, boot: int) -> None:
+        pass
+
+    def on_unlinked(self, board: BoardId) -> None:
+        pass
 
 
 # --- all of it

@@ -20,6 +20,7 @@ MAX_MESSAGES: Final = 512  # turns in what a model is given
 MAX_TURNS: Final = MAX_MESSAGES - 2  # of a user's conversation; an aggregation adds two
 MAX_NAME_BYTES: Final = 64
 MAX_REASON_BYTES: Final = 256
+MAX_NEWS: Final = 20  # of boards in one datagram: 40 bytes each at most
 
 # The network shell
 MAX_OUTBOX_MESSAGES: Final = 256  # to one board, waiting or not yet acknowledged

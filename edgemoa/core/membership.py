@@ -1,7 +1,8 @@
-"""Which paired boards are there, told by what is heard from them.
+"""Which paired boards are there: the table, and what moves a board from one state to another.
 
-Any authenticated message is proof of presence; heartbeats make sure that there is one. A silent
-board is first not picked (``suspect``), then not waited for (``gone``).
+:mod:`edgemoa.core.swim` finds out and keeps this up to date; whatever authentic comes from a board
+is proof of presence besides. A board that does not answer is first not picked (``suspect``), then
+not waited for (``gone``).
 """
 
 from __future__ import annotations
@@ -13,11 +14,6 @@ from typing import Final
 
 from edgemoa.core.messages import Alive, BoardId, printable
 
-HEARTBEAT_MS: Final = 1_000
-SUSPECT_AFTER_MS: Final = 3_500  # three heartbeats lost
-GONE_AFTER_MS: Final = 8_000
-assert HEARTBEAT_MS * 3 < SUSPECT_AFTER_MS < GONE_AFTER_MS  # noqa: S101
-
 
 class Presence(StrEnum):
     """What is believed of a paired board."""
@@ -28,21 +24,13 @@ class Presence(StrEnum):
     GONE = "gone"
 
 
-_HEARD, _SILENT, _VERY_SILENT, _LEFT = "heard", "silent", "very silent", "left"
+HEARD, SILENT, LOST = "heard", "silent", "lost"
 
 TRANSITIONS: Final[dict[tuple[Presence, str], Presence]] = {
-    (Presence.UNHEARD, _HEARD): Presence.ALIVE,
-    (Presence.ALIVE, _HEARD): Presence.ALIVE,
-    (Presence.SUSPECT, _HEARD): Presence.ALIVE,
-    (Presence.GONE, _HEARD): Presence.ALIVE,
-    (Presence.ALIVE, _SILENT): Presence.SUSPECT,
-    (Presence.SUSPECT, _SILENT): Presence.SUSPECT,
-    (Presence.ALIVE, _VERY_SILENT): Presence.GONE,
-    (Presence.SUSPECT, _VERY_SILENT): Presence.GONE,
-    (Presence.ALIVE, _LEFT): Presence.GONE,
-    (Presence.SUSPECT, _LEFT): Presence.GONE,
-    (Presence.UNHEARD, _LEFT): Presence.GONE,
-    (Presence.GONE, _LEFT): Presence.GONE,
+    **{(presence, HEARD): Presence.ALIVE for presence in Presence},
+    **{(presence, LOST): Presence.GONE for presence in Presence},
+    (Presence.ALIVE, SILENT): Presence.SUSPECT,
+    (Presence.SUSPECT, SILENT): Presence.SUSPECT,
 }
 
 
@@ -54,12 +42,30 @@ class Peer:
     name: str
     presence: Presence = Presence.UNHEARD
     heard_ms: int = 0
+    asked_ms: int = 0  # when this board last asked it whether it is there
     report: Alive | None = None
+    report_ms: int = 0  # when that came: it stands until the next
+    linked: bool = False  # whether messages can reach it
+    mute: bool = False  # others reach it; it does not answer this board, link or no link
+    left: bool = False  # it said good-bye, and has not been linked since
+    boot: int = -1  # of its life that is known here; -1 for none
+    incarnation: int = 0  # within that boot: how often it has contradicted a suspicion
+
+    @property
+    def there(self) -> bool:
+        """Whether it is believed to run, by this board or for what others say."""
+        return self.presence is Presence.ALIVE or self.presence is Presence.SUSPECT
 
     @property
     def usable(self) -> bool:
         """Whether it makes sense to ask it for a proposal."""
-        return self.presence is Presence.ALIVE and self.report is not None and self.report.accepting
+        return (
+            self.presence is Presence.ALIVE
+            and self.linked
+            and not self.mute
+            and self.report is not None
+            and self.report.accepting
+        )
 
 
 class Membership:
@@ -76,56 +82,75 @@ class Membership:
     def silence(self, board: BoardId) -> None:
         """Do not pick ``board`` any more, whatever was heard from it."""
         self.peers[board].report = None
-        self._move(self.peers[board], _LEFT)
+        self.move(board, LOST)
 
     def unpair(self, board: BoardId) -> None:
         """Forget a board."""
         self._peers.pop(board, None)
 
-    def heard(self, board: BoardId, now_ms: int) -> None:
-        """Something authentic came from ``board``."""
+    def linked(self, board: BoardId, boot: int) -> bool:
+        """There is a link to ``board``, which proved which boot of it is at the other end.
+        Returns whether it has restarted since it was known."""
         peer = self.peers[board]
-        peer.heard_ms = now_ms
-        self._move(peer, _HEARD)
+        restarted = self.is_boot(board, boot)
+        peer.linked, peer.left, peer.mute = True, False, False
+        return restarted
 
-    def report(self, board: BoardId, report: Alive) -> bool:
-        """Take a heartbeat; returns whether the board has restarted since the one before.
+    def unlinked(self, board: BoardId) -> None:
+        """There is no link any more. That alone says nothing of the board."""
+        self.peers[board].linked = False
+
+    def heard(self, board: BoardId, now_ms: int) -> bool:
+        """Something authentic came from ``board``, and so over a link. Returns False for what a
+        board said before its good-bye and comes after it: that is not to be listened to."""
+        peer = self.peers[board]
+        if peer.left:
+            return False
+        peer.heard_ms = now_ms
+        peer.linked = True
+        self.move(board, HEARD)
+        return True
+
+    def vouched(self, board: BoardId) -> None:
+        """Others say that ``board`` is there."""
+        self.move(board, HEARD)
+
+    def report(self, board: BoardId, report: Alive, now_ms: int) -> bool:
+        """Take what a board says of itself; returns whether it has restarted since it was known.
 
         An older report of the same boot, as a late datagram brings it, changes nothing. One of
         another boot is believed whatever its number (a storage image may have been rolled back):
         it came over a link, and links do not outlive the boot at their other end.
         """
         peer = self.peers[board]
+        restarted = self.is_boot(board, report.boot)
         last = peer.report
-        restarted = last is not None and report.boot != last.boot
-        if last is not None and not restarted and report.sequence <= last.sequence:
-            return False
-        peer.report = report
+        if peer.left or (last is not None and report.sequence <= last.sequence):
+            return restarted
+        peer.report, peer.report_ms = report, now_ms
         peer.name = printable(report.name) or peer.name
         return restarted
 
     def left(self, board: BoardId, boot: int) -> bool:
         """The board said good-bye; returns whether that was news (not a late one of last time)."""
         peer = self.peers[board]
-        if peer.report is not None and boot != peer.report.boot:
+        if peer.left or peer.boot not in (-1, boot):
             return False
+        peer.boot = boot
+        peer.left = True
         peer.report = None  # what else it said before it left does not make it usable again
-        self._move(peer, _LEFT)
+        self.move(board, LOST)
         return True
 
-    def sweep(self, now_ms: int) -> list[BoardId]:
-        """Believe the silence; returns the boards that are gone from now on."""
-        gone = []
-        for peer in self.peers.values():
-            if peer.presence not in (Presence.ALIVE, Presence.SUSPECT):
-                continue
-            silent_ms = now_ms - peer.heard_ms
-            if silent_ms >= GONE_AFTER_MS:
-                self._move(peer, _VERY_SILENT)
-                gone.append(peer.board)
-            elif silent_ms >= SUSPECT_AFTER_MS:
-                self._move(peer, _SILENT)
-        return gone
+    def is_boot(self, board: BoardId, boot: int) -> bool:
+        """It is this boot of ``board`` that is there now; returns whether that is a restart."""
+        peer = self.peers[board]
+        if peer.boot == boot:
+            return False
+        restarted = peer.boot >= 0
+        peer.boot, peer.incarnation = boot, 0
+        peer.report, peer.left = None, False
+        return restarted
 
     def usable(self) -> Sequence[BoardId]:
         """Boards to pick proposers from, in an order that does not depend on arrival."""
@@ -136,6 +161,7 @@ class Membership:
         peer = self.peers.get(board)
         return (peer.name if peer else "") or board[:7]
 
-    @staticmethod
-    def _move(peer: Peer, event: str) -> None:
+    def move(self, board: BoardId, event: str) -> None:
+        """The board's next state; see :data:`TRANSITIONS`."""
+        peer = self.peers[board]
         peer.presence = TRANSITIONS[peer.presence, event]

@@ -55,7 +55,7 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """A board's heartbeat and load report, once a second to each paired board.
+    """A board's load report, told when there is something new.
 
     ``boot`` changes when the board restarts: what it asked for before is void then. ``sequence``
     grows within a boot; an older report never replaces a newer one. The last three say what a usual
@@ -75,11 +75,92 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     aggregation_ms: Millis = 0
     utilisation_permille: Count = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the board has work, so that what it said changes with time."""
+        return bool(self.waiting or self.running)
+
 
 class Leave(msgspec.Struct, frozen=True, tag="leave"):
     """The board stops in good order; no need to suspect it first."""
 
     boot: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+ShortId: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+"""A board in few bytes: see :func:`edgemoa.core.envelope.short_id`."""
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class News(msgspec.Struct, array_like=True, frozen=True):
+    """What ``by`` found out about a board, handed on by anybody.
+
+    ``state`` is one of those in :mod:`edgemoa.core.swim`. It is of one life of the board: a boot,
+    and within it an ``incarnation``, which the board alone raises, to contradict what is said.
+    """
+
+    board: ShortId
+    state: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    boot: Number
+    incarnation: Number
+    by: ShortId
+
+
+Tidings: TypeAlias = Annotated[tuple[News, ...], msgspec.Meta(max_length=limits.MAX_NEWS)]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping", omit_defaults=True):
+    """Are you there? Answered by :class:`Ack` at once, the same way where ``sure``: that is over
+    the connection. ``incarnation`` is the sender's own, ``report`` rides along where it is new."""
+
+    number: Number
+    incarnation: Number
+    news: Tidings = ()
+    report: Alive | None = None
+    sure: bool = False
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack", omit_defaults=True):
+    """The answer to the ping or ping_req of that number."""
+
+    number: Number
+    incarnation: Number
+    news: Tidings = ()
+    report: Alive | None = None
+    sure: bool = False
+
+
+class PingReq(msgspec.Struct, frozen=True, tag="ping_req", omit_defaults=True):
+    """Ping ``board`` for me, and answer by :class:`Ack` if it answers, else by :class:`Nack`."""
+
+    number: Number
+    board: ShortId
+    news: Tidings = ()
+
+
+class Nack(msgspec.Struct, frozen=True, tag="nack"):
+    """It did not answer me either; but I am here, so it is not you who is deaf."""
+
+    number: Number
+
+
+class Gossip(msgspec.Struct, frozen=True, tag="gossip"):
+    """News that cannot wait for a ping to ride along with."""
+
+    news: Tidings
+
+
+class Sync(msgspec.Struct, frozen=True, tag="sync"):
+    """What I believe of everybody, in 8 bytes; answered by :class:`View` if you differ."""
+
+    digest: ShortId
+
+
+class View(msgspec.Struct, frozen=True, tag="view", omit_defaults=True):
+    """What I believe of everybody; with ``ask``, tell me what you know better."""
+
+    news: Annotated[tuple[News, ...], msgspec.Meta(max_length=limits.MAX_GROUP_BOARDS)]
+    ask: bool = False
 
 
 class Propose(msgspec.Struct, frozen=True, tag="propose"):
@@ -158,8 +239,18 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-Message: TypeAlias = Alive | Leave | Propose | Queued | Declined | Part | Proposal | Cancel
+MembershipMessage: TypeAlias = Ping | Ack | PingReq | Nack | Gossip | Sync | View
+Message: TypeAlias = (
+    Alive | Leave | MembershipMessage | Propose | Queued | Declined | Part | Proposal | Cancel
+)
 
-HOP_MESSAGES = (Alive, Leave, Part)
+MEMBERSHIP = (Ping, Ack, PingReq, Nack, Gossip, Sync, View)
+HOP_MESSAGES = (Alive, Leave, *MEMBERSHIP, Part)
 """Said by one board to its neighbour and never relayed: the sealed link vouches for them, so they
 carry no signature and are not repeated when lost. Everything else is signed and delivered."""
+
+
+def goes_over_link(message: Message) -> bool:
+    """Whether a hop message takes the connection even where datagrams get through: a second way
+    to ask a board that did not answer the first, and what a group compares now and then."""
+    return isinstance(message, Sync | View) or (isinstance(message, Ping | Ack) and message.sure)

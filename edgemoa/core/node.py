@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Final, Literal, TypeAlias
 
@@ -48,14 +49,13 @@ from edgemoa.core.events import (
     WorkFailed,
 )
 from edgemoa.core.load import KINDS, Arrivals, Average, Learned
-from edgemoa.core.membership import HEARTBEAT_MS, Membership, Presence
+from edgemoa.core.membership import Membership
 from edgemoa.core.messages import (
     Alive,
     BoardId,
     Cancel,
     ChatMessage,
     Declined,
-    Leave,
     Message,
     Part,
     Proposal,
@@ -90,11 +90,11 @@ from edgemoa.core.parts import (
 from edgemoa.core.picking import Outlook, Pick, choose
 from edgemoa.core.queueing import LONGEST_WAIT_MS, OWN_WEIGHT, Discipline, Work, WorkQueue
 from edgemoa.core.rates import Rates
+from edgemoa.core.swim import Swim
 
 USUAL_BYTES: Final = 16 * limits.KIB  # of a prompt and what belongs to it, until one was seen
 LOGPROB_BYTES: Final = 128  # of one token's alternative, about
 LEAST_RETRY_MS: Final = 1_000
-NEVER_MS: Final = 2**62
 MOST_PERMILLE: Final = 1_000_000
 PROPOSAL_TOP_P: Final = 0.95
 ANSWER_ROOM_TOKENS: Final = 512  # kept free for the answer where it asked for more than fits
@@ -121,7 +121,6 @@ class NodeSettings:
     answer_max_tokens: int = 512  # of an aggregation that is done for a peer
     own_proposal: Literal["auto", "always"] = "auto"  # auto: a slow owner leaves it to its peers
     learned: Learned | None = None  # at earlier starts
-    heartbeat_ms: int = HEARTBEAT_MS  # 0 where the others learn of this board in another way
     quorum: int = 0
     layer_deadline_ms: int = 120_000
     proposal_max_tokens: int = 256
@@ -154,6 +153,9 @@ class Node:
         self.board_id = board_id
         self.settings = settings
         self.members = Membership()
+        self.swim = Swim(
+            board_id, settings.boot, self.members, rng=rng, report=self.report, now_ms=now_ms
+        )
         self.queue = WorkQueue(settings.discipline, now_ms)
         self.ladder = Ladder(settings.promise_ms)
         self.prompts = Arrivals(now_ms)  # of the own user's, taken or not
@@ -166,7 +168,6 @@ class Node:
         self._effects: list[Effect] = []
         self._next_job_id = 1
         self._sequence = 0
-        self._heartbeat_ms = 0
         self._stopped = False
         self._refusing = False
         self._own_bytes = 0  # what the prompts that are worked on may come to
@@ -235,7 +236,7 @@ class Node:
         if refusal is not None:
             return refusal
         asked, promise_ms = self._asked(request), self._promise_ms(request)
-        candidates = self._candidates(asked.proposers, ())
+        candidates = self._candidates(asked.proposers, (), now_ms)
         own = self.outlook(now_ms, request)
         grant = self._grant(asked, own, candidates, promise_ms, now_ms)
         refusal = self._broken_promise(grant, promise_ms, now_ms)
@@ -249,7 +250,7 @@ class Node:
         if self.draining:
             return Failed("unavailable", "this board is shutting down")
         asked = self._asked(request)
-        candidates = self._candidates(asked.proposers, ())
+        candidates = self._candidates(asked.proposers, (), now_ms)
         own = self.outlook(now_ms, request)
         return self._grant(asked, own, candidates, math.inf, now_ms), candidates
 
@@ -290,7 +291,7 @@ class Node:
     def pair(self, board: BoardId, name: str, now_ms: int) -> list[Effect]:
         """A board that may be asked, and may ask, from now on."""
         self.members.pair(board, name)
-        self._heartbeat([board], now_ms)
+        self.swim.pair(board)
         return self._settle(now_ms)
 
     def unpair(self, board: BoardId, now_ms: int) -> list[Effect]:
@@ -298,31 +299,36 @@ class Node:
         if board in self.members.peers:
             self.members.silence(board)
             self._void(board, "no longer paired", now_ms)
+            self.swim.forget(board)
             self.members.unpair(board)
             self._results.pop(board, None)
             self._unreported.pop(board, None)
             self.ladder.forget(board)
         return self._settle(now_ms)
 
+    def linked(self, board: BoardId, boot: int, now_ms: int) -> list[Effect]:
+        """Messages can reach a paired board from now on, and it is this boot of it that they
+        reach; a link that only takes another's place may be told as well."""
+        if board in self.members.peers and not self._stopped:
+            self.swim.linked(board, boot, now_ms)
+            self._heed(now_ms)
+        return self._settle(now_ms)
+
+    def unlinked(self, board: BoardId, now_ms: int) -> list[Effect]:
+        """The link with a board has ended, and there is no other."""
+        if board in self.members.peers and not self._stopped:
+            self.swim.unlinked(board, now_ms)
+            self._heed(now_ms)
+        return self._settle(now_ms)
+
     def receive(self, sender: BoardId, message: Message, now_ms: int) -> list[Effect]:
         """An authentic message of a board; one that is not paired is not listened to."""
         if sender not in self.members.peers:
             return []
-        match message:
-            case Leave(boot=boot):
-                if self.members.left(sender, boot):
-                    self._void(sender, "left the group", now_ms)
-                return self._settle(now_ms)
-            case Alive():
-                known = self.members.peers[sender].presence is Presence.ALIVE
-                if self.members.report(sender, message):
-                    self._void(sender, "restarted", now_ms)
-                self.members.heard(sender, now_ms)
-                if not known:  # it may not know of us either; do not let it wait for a heartbeat
-                    self._heartbeat([sender], now_ms)
-                return self._settle(now_ms)
-            case _:
-                self.members.heard(sender, now_ms)
+        listen = self.swim.receive(sender, message, now_ms)
+        self._heed(now_ms)
+        if not listen:
+            return self._settle(now_ms)
         match message:
             case Propose():
                 self._asked_for_proposal(sender, message, now_ms)
@@ -369,7 +375,8 @@ class Node:
         if learned is not None and learned.model == info.model and not self.queue.times.measured():
             self.queue.times.recall(learned)
         if changed:
-            self._heartbeat(self.members.peers, now_ms)
+            self.swim.announce(now_ms)
+            self._heed(now_ms)
         return self._settle(now_ms)
 
     def engine_is_lost(self, now_ms: int) -> list[Effect]:
@@ -385,7 +392,8 @@ class Node:
         for run in self.runs.values():
             run.attempt, run.pieces, run.read_ahead = "", 0, False
             run.logprobs = []
-        self._heartbeat(self.members.peers, now_ms)
+        self.swim.announce(now_ms)
+        self._heed(now_ms)
         return self._settle(now_ms)
 
     def wrote(
@@ -436,11 +444,8 @@ class Node:
         """Do what is due by now; harmless when called early or late."""
         if self._stopped:
             return []
-        if self.settings.heartbeat_ms and now_ms >= self._heartbeat_ms:
-            self._heartbeat_ms = now_ms + self.settings.heartbeat_ms
-            self._heartbeat(self.members.peers, now_ms)
-        for board in self.members.sweep(now_ms):
-            self._void(board, "fell silent", now_ms)
+        self.swim.tick(now_ms)
+        self._heed(now_ms)
         for run in list(self.runs.values()):
             if now_ms >= run.deadline_ms:
                 self._deadline_passed(run, now_ms)
@@ -452,7 +457,7 @@ class Node:
 
     def next_deadline_ms(self) -> int:
         """When :meth:`tick` has something to do, at the latest."""
-        due = self._heartbeat_ms if self.settings.heartbeat_ms else NEVER_MS
+        due = self.swim.due_ms()
         for run in self.runs.values():
             due = min(due, run.deadline_ms)
             if run.state is State.PROPOSING:
@@ -465,7 +470,8 @@ class Node:
         waiting, _ = self.queue.remove(lambda work: not work.own and work.started_ms < 0)
         for work in waiting:
             self._decline(_key(work), "this board is shutting down")
-        self._heartbeat(self.members.peers, now_ms)
+        self.swim.announce(now_ms)
+        self._heed(now_ms)
         return self._settle(now_ms)
 
     def stop(self, now_ms: int) -> list[Effect]:
@@ -475,8 +481,8 @@ class Node:
             self._fail_or_fall_back(run, Failed("unavailable", "this board shut down"), now_ms)
         for work in self._drop(lambda work: not work.own):
             self._decline(_key(work), "this board is shutting down")
-        for board in self.members.peers:
-            self._send(board, Leave(self.settings.boot))
+        self.swim.last_words()
+        self._heed(now_ms)
         self._stopped = True
         return self._flush()
 
@@ -525,12 +531,14 @@ class Node:
         wait_ms = queue.expected_wait_ms(now_ms, own=True)
         return Outlook(self.board_id, wait_ms, first_ms, later_ms, queue.utilisation(now_ms))
 
-    def peer_outlook(self, board: BoardId) -> Outlook:
+    def peer_outlook(self, board: BoardId, now_ms: int) -> Outlook:
         """What a peer is expected to do with the next job that it is given."""
-        report = self.members.peers[board].report
+        peer = self.members.peers[board]
+        report = peer.report
         assert report is not None  # noqa: S101 - of usable ones only
         sequence, jobs = self._unreported.get(board, (-1, 0))
-        return Outlook.of(board, report, jobs if sequence == report.sequence else 0)
+        unreported = jobs if sequence == report.sequence else 0
+        return Outlook.of(board, report, unreported, now_ms - peer.report_ms)
 
     def _asked(self, request: Request) -> Plan:
         # Whether it is slow is found out by proposing.
@@ -544,14 +552,15 @@ class Node:
     def _promise_ms(self, request: Request) -> int:
         return min(self.settings.promise_ms, request.deadline_ms)
 
-    def _candidates(self, proposers: int, asked: Container[BoardId]) -> list[Outlook]:
+    def _candidates(self, proposers: int, asked: Container[BoardId], now_ms: int) -> list[Outlook]:
         """Peers that could be asked, the best first."""
         if not proposers:
             return []
         usable: Sequence[BoardId] = self.members.usable()
         if asked:
             usable = [board for board in usable if board not in asked]
-        return choose(self.settings.pick, usable, proposers, self._rng, self.peer_outlook)
+        outlook = partial(self.peer_outlook, now_ms=now_ms)
+        return choose(self.settings.pick, usable, proposers, self._rng, outlook)
 
     def _grant(
         self, asked: Plan, own: Outlook, candidates: list[Outlook], promise_ms: float, now_ms: int
@@ -617,7 +626,7 @@ class Node:
 
     def _begin_layer(self, run: Run, now_ms: int, candidates: list[Outlook] | None = None) -> None:
         if candidates is None:
-            candidates = self._candidates(run.granted.proposers, ())
+            candidates = self._candidates(run.granted.proposers, (), now_ms)
         peers = [each.board for each in self._ready(candidates)[: run.granted.proposers]]
         own = run.own_proposes or len(peers) < 2
         proposers = [self.board_id, *peers] if own else peers
@@ -707,7 +716,7 @@ class Node:
         if run is None or not run.waits_for(board, layer):
             return
         self._leave_out(run, board, reason)
-        others = [] if run.handed_over else self._ready(self._candidates(1, run.asked))
+        others = [] if run.handed_over else self._ready(self._candidates(1, run.asked, now_ms))
         if others:
             run.ask_also(others[0].board)
             self._ask(run, others[0].board, now_ms)
@@ -874,7 +883,7 @@ class Node:
             return None
         own = self.outlook(now_ms)
         outlooks = [
-            self.peer_outlook(board)
+            self.peer_outlook(board, now_ms)
             for board in self.members.usable()
             if (report := self.members.peers[board].report) is not None and report.aggregation_ms
         ]
@@ -1311,10 +1320,14 @@ class Node:
         known = times.is_measured("proposal") or times.is_measured(kind)
         return min(round(times.mean_ms(kind, batch)), LONGEST_WAIT_MS) if known else 0
 
-    def _heartbeat(self, boards: Iterable[BoardId], now_ms: int) -> None:
-        report = self.report(now_ms)
-        for board in boards:
-            self._send(board, report)
+    def _heed(self, now_ms: int) -> None:
+        """Do what the watch over the group wants done."""
+        said, self.swim.out = self.swim.out, []
+        lost, self.swim.lost = self.swim.lost, []
+        for to, message in said:
+            self._send(to, message)
+        for board, why in lost:
+            self._void(board, why, now_ms)
 
     def _remember(self, key: WorkKey, result: Proposal | Declined) -> None:
         results = self._results[key[0]]

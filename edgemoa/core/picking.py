@@ -14,6 +14,7 @@ from edgemoa.core.messages import Alive, BoardId
 Pick: TypeAlias = Literal["uniform", "capacity", "shortest"]
 
 LEAST_SPARE: Final = 0.02  # share of a full board that is still picked: its report may be old
+FRESH_MS: Final = 3_000
 SPREAD: Final = 3  # more boards than are needed are compared with each other
 
 
@@ -31,12 +32,17 @@ class Outlook:
     utilisation: float
 
     @classmethod
-    def of(cls, board: BoardId, report: Alive, unreported: int) -> Outlook:
-        """By the board's own last report, and ``unreported`` jobs that it was given since."""
+    def of(cls, board: BoardId, report: Alive, unreported: int, age_ms: int = 0) -> Outlook:
+        """By the board's own last report, and ``unreported`` jobs that it was given since.
+
+        A board that works tells of it again before the report is :data:`FRESH_MS` old. What it
+        leaves out counts as waiting: either it is slow, or the network to it is.
+        """
+        late_ms = max(age_ms - FRESH_MS, 0) if report.is_busy else 0
         proposal_ms = float(report.proposal_ms or PRIOR_SERVICE_MS)
         return cls(
             board,
-            report.expected_wait_ms + unreported * proposal_ms,
+            report.expected_wait_ms + unreported * proposal_ms + late_ms,
             proposal_ms,
             float(report.aggregation_ms or proposal_ms),
             report.utilisation_permille / 1000,

@@ -119,6 +119,6 @@ def snapshot(node: Node, now_ms: int) -> NodeStatus:
 
 def _headroom(node: Node, now_ms: int) -> list[Headroom]:
     own = node.outlook(now_ms)
-    peers = [node.peer_outlook(board) for board in node.members.usable()]
+    peers = [node.peer_outlook(board, now_ms) for board in node.members.usable()]
     plans = rungs(SHOWN_LAYERS, min(len(peers), SHOWN_PROPOSERS))
     return [headroom(Plan(layers, proposers), own, peers) for layers, proposers in plans]

@@ -81,6 +81,13 @@ class Handlers(Protocol):
     def on_unpaired(self, board: BoardId, reason: str) -> None:
         """The board is trusted no longer."""
 
+    def on_linked(self, board: BoardId, boot: int) -> None:
+        """What is sent reaches this boot of the board from now on. Told of each new link, before
+        anything that comes over it, also where it takes the place of another."""
+
+    def on_unlinked(self, board: BoardId) -> None:
+        """Its link has ended, and there is no other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -967,6 +974,7 @@ class Network:
         self._gossip.linked(link, peer)
         extra = {"board": peer.board.id, "address": link.connection.address[0]}
         log.info("linked", extra=extra)
+        self._handlers.on_linked(peer.board.id, link.hello.boot)
         reason = "stopping"
         try:
             reason = await link.run()
@@ -977,6 +985,9 @@ class Network:
             if peer.link is None:
                 peer.detail = reason
             log.info("link ended", extra={**extra, "reason": reason})
+        # Not where this task is cancelled, since everything stops then.
+        if peer.link is None and self._peers.get(peer.board.id) is peer:
+            self._handlers.on_unlinked(peer.board.id)
 
     async def _remember(self, peer: Peer, link: Link) -> None:
         """Note where the board was and what it calls itself, if that is new."""

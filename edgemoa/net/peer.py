@@ -19,7 +19,7 @@ from typing import Protocol
 
 from edgemoa.core import envelope, limits
 from edgemoa.core.envelope import short
-from edgemoa.core.messages import HOP_MESSAGES, BoardId, Message, Part
+from edgemoa.core.messages import HOP_MESSAGES, BoardId, Message, Part, goes_over_link
 from edgemoa.errors import ProtocolError
 from edgemoa.net import sealed, wire
 from edgemoa.net.conduct import Conduct
@@ -245,7 +245,7 @@ class Peer:
             self._send_part(message, bytes([wire.HOP]) + body)
             return
         if isinstance(message, HOP_MESSAGES):
-            self._send_hop(bytes([wire.HOP]) + body)
+            self._send_hop(bytes([wire.HOP]) + body, surely=goes_over_link(message))
             return
         entry = _Outgoing(message, kind, body, loop.time())
         size = len(body)
@@ -292,11 +292,11 @@ class Peer:
         """See :class:`edgemoa.net.link.Receiver`."""
         self._pump()
 
-    def _send_hop(self, packet: bytes) -> None:
+    def _send_hop(self, packet: bytes, *, surely: bool) -> None:
         link = self.link
         if link is None:
             return
-        if link.udp_works and len(packet) <= sealed.MAX_PLAINTEXT_BYTES:
+        if not surely and link.udp_works and len(packet) <= sealed.MAX_PLAINTEXT_BYTES:
             link.send_datagram(packet)
         elif link.has_room(len(packet)):
             link.send_frame(packet)

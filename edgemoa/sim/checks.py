@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from edgemoa.core.events import Accepted, Answered, Failed, Job, RequestEvent
 from edgemoa.core.limits import MAX_JOB_ATTEMPTS, MAX_REMEMBERED_RESULTS
-from edgemoa.core.membership import GONE_AFTER_MS, HEARTBEAT_MS
 from edgemoa.core.messages import ChatMessage
 from edgemoa.core.moa import State
 from edgemoa.core.node import Node
+from edgemoa.core.swim import REPORT_MS
 
 if TYPE_CHECKING:
     from edgemoa.sim.world import Board, Prompt, World
 
 CALL_OFF_MS: Final = 4_000
 """Until a proposer has heard that a prompt has ended, or of a board's restart."""
+GONE_MS: Final = 20_000
+"""Until everybody has found that a board is gone, at the worst: few boards, bad luck."""
 
 
 class InvariantError(AssertionError):
@@ -132,11 +134,11 @@ class Checks:
         for work in node.queue:
             if work.source == board.board_id:
                 continue
-            if world.now_ms > work.deadline_ms + HEARTBEAT_MS:
+            if world.now_ms > work.deadline_ms + REPORT_MS:
                 self.violated(f"{board.board_id} keeps work that is past its deadline")
             owner = world.boards[work.source]
             down_ms = world.now_ms - owner.down_since_ms if owner.down_since_ms >= 0 else 0
-            if down_ms > GONE_AFTER_MS + 2 * HEARTBEAT_MS:
+            if down_ms > GONE_MS:
                 self.violated(f"{board.board_id} works for {work.source}, which is gone")
             prompt = world.prompts[work.request_id]
             if calm and prompt.ended is not None and world.now_ms > prompt.end_ms + CALL_OFF_MS:

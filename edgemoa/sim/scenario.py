@@ -80,7 +80,7 @@ class Scenario:
     layer_deadline_s: float = 60.0
     deadline_s: float = 180.0
     node: Mapping[str, Any] = field(default_factory=dict)  # more of the node's own settings
-    reports: Literal["heartbeats", "table"] = "heartbeats"
+    reports: Literal["messages", "table"] = "messages"
     report_age_s: float = 1.0  # of the table's: a report is taken so often, each board in its turn
     delay_ms: tuple[int, int] = (1, 20)
     loss: float = 0.0
@@ -108,7 +108,7 @@ class Scenario:
         if self.reports == "table" and self.has_faults:
             raise UserError(
                 "faults need the whole protocol, and a table of reports stands for a part of it",
-                hint="simulate heartbeats, or no faults",
+                hint="simulate messages, or no faults",
             )
         if not all(self.service_s) or not self.boards:
             raise UserError("there is nobody who works")

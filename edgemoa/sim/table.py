@@ -1,17 +1,21 @@
-"""A group's view of itself without heartbeats: one table that all simulated boards share.
+"""A group's view of itself without messages: one table that all simulated boards share.
 
-A real board keeps a :class:`~edgemoa.core.membership.Peer` for each other one, told by a heartbeat
-a second: a million messages a second for a thousand boards. Here a board's report is looked up when
-another needs it: the one that it gave when its last whole interval ended.
+A real board keeps a :class:`~edgemoa.core.membership.Peer` for each other one, told by a report a
+second while its work changes: a million messages a second for a thousand boards. Here a board's
+report is looked up when another needs it: the one that it gave when its last whole interval ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, Final, TypeAlias, overload
 
 from edgemoa.core.membership import Membership, Peer, Presence
-from edgemoa.core.messages import Alive, BoardId
+from edgemoa.core.messages import Alive, BoardId, Message
+from edgemoa.core.swim import Swim
+
+_NOW: Final = 2**62  # for reports that are never old
+_NEVER_MS: Final = 2**62
 
 Report: TypeAlias = Callable[[int], Alive | None]
 """The last report of the board in that place."""
@@ -23,7 +27,7 @@ class Table:
     def __init__(self, boards: Sequence[BoardId], report: Report) -> None:
         self.boards = tuple(boards)
         self.place = {board: i for i, board in enumerate(self.boards)}
-        self.peers = [Peer(board, board, Presence.ALIVE) for board in self.boards]
+        self.peers = [Peer(board, board, Presence.ALIVE, report_ms=_NOW) for board in self.boards]
         self.report = report
 
 
@@ -84,13 +88,6 @@ class TableMembership(Membership):
         self.peers = _Others(table, own)
         self._usable = _AllBut(table.boards, own)
 
-    def heard(self, board: BoardId, now_ms: int) -> None:
-        """Presence is known without."""
-
-    def sweep(self, now_ms: int) -> list[BoardId]:
-        """Nobody falls silent."""
-        return []
-
     def usable(self) -> Sequence[BoardId]:
         """Everybody else."""
         return self._usable
@@ -98,3 +95,24 @@ class TableMembership(Membership):
     def name(self, board: BoardId) -> str:
         """Boards of a table are called by their ids."""
         return board
+
+
+class TableSwim(Swim):
+    """What a board of a table does to find out who is there: nothing."""
+
+    def receive(self, sender: BoardId, message: Message, now_ms: int) -> bool:
+        """Presence is known without."""
+        return True
+
+    def tick(self, now_ms: int) -> None:
+        """Nobody falls silent."""
+
+    def due_ms(self) -> int:
+        """Never."""
+        return _NEVER_MS
+
+    def announce(self, now_ms: int) -> None:
+        """The table says it."""
+
+    def last_words(self) -> None:
+        """Nobody leaves."""

@@ -35,18 +35,19 @@ from edgemoa.core.events import (
     WorkDone,
     WorkFailed,
 )
-from edgemoa.core.membership import HEARTBEAT_MS
 from edgemoa.core.messages import HOP_MESSAGES, Alive, BoardId, ChatMessage, Message, Sampling
 from edgemoa.core.moa import Conclusion, Draft, Give, Room, Synthesis, Write
 from edgemoa.core.node import Node, NodeSettings
 from edgemoa.sim.checks import Checks, InvariantError
 from edgemoa.sim.engines import Ask, Batch, Need, Recorded, Timed
 from edgemoa.sim.scenario import PARTS, Arrival, Outcome, Scenario
-from edgemoa.sim.table import Table, TableMembership
+from edgemoa.sim.table import Table, TableMembership, TableSwim
 
 __all__ = ["InvariantError", "Outcome", "Scenario", "World"]
 
 CONTEXT_TOKENS: Final = 8192
+LINK_MS: Final = (20, 500)  # from the start of a board until it has found another
+KEEP_ALIVE_MS: Final = 11_000  # until a link ends whose other end is simply not there any more
 SETTLED_MS: Final = 5_000  # when all boards have heard each other, and a burst may come
 PROGRESS_EVENTS: Final = 50_000  # from one to the next word about progress
 NEVER_MS: Final = 2**62
@@ -69,6 +70,7 @@ class Board:
     engine_life: int = 0  # grows when the engine dies; results of an older life are void
     jobs: dict[int, _Started] = field(default_factory=dict)
     reads_ahead: set[str] = field(default_factory=set)  # for which prompts
+    links: dict[BoardId, int] = field(default_factory=dict)  # with which boot of whom
     tick_at_ms: int = -1  # when the next tick is due; -1 for none
     down_since_ms: int = -1  # -1 while it is up
     computed: set[tuple[BoardId, str, int]] = field(default_factory=set)  # peers' work, this boot
@@ -296,14 +298,36 @@ class World:
         self._note("start", board.board_id, board.boot)
         info = self._engine_info(board)
         if self._table is not None:
-            # Ready before it knows anybody: nobody is to be told.
-            self._do(board, node.engine_is_ready(info, self.now_ms))
             node.members = TableMembership(self._table, board.place)
+            node.swim = TableSwim(board.board_id, board.boot, node.members, rng=random,
+                                  report=node.report, now_ms=self.now_ms)  # fmt: skip
+            self._do(board, node.engine_is_ready(info, self.now_ms))
             return
         for other in self.boards:
             if other != board.board_id:
                 self._do(board, node.pair(other, other, self.now_ms))
         self._do(board, node.engine_is_ready(info, self.now_ms))
+        for peer in self._reported:
+            if peer.node is not None and peer is not board:
+                link_ms = self._rng.randint(*LINK_MS)
+                self._in(link_ms, self._link, board, board.boot, peer, peer.boot)
+
+    def _link(self, one: Board, boot: int, other: Board, other_boot: int) -> None:
+        """Two boards have found each other, if both are still the same."""
+        if (one.boot, other.boot) != (boot, other_boot):
+            return
+        if one.node is None or other.node is None:
+            return
+        one.links[other.board_id], other.links[one.board_id] = other_boot, boot
+        self._do(one, one.node.linked(other.board_id, other_boot, self.now_ms))
+        if other.node is not None:
+            self._do(other, other.node.linked(one.board_id, boot, self.now_ms))
+
+    def _unlink(self, board: Board, boot: int, other: BoardId, other_boot: int) -> None:
+        """A board notices that a link has ended."""
+        if board.node is not None and (board.boot, board.links.get(other)) == (boot, other_boot):
+            del board.links[other]
+            self._do(board, board.node.unlinked(other, self.now_ms))
 
     def _engine_info(self, board: Board) -> EngineInfo:
         return EngineInfo(
@@ -324,7 +348,6 @@ class World:
                 "quorum": scenario.quorum,
                 "layer_deadline_ms": round(scenario.layer_deadline_s * 1000),
                 "strategy": self._strategy,
-                "heartbeat_ms": HEARTBEAT_MS if self._table is None else 0,
                 **scenario.node,
             }
         )
@@ -336,7 +359,8 @@ class World:
         for request_id in board.node.runs:
             self.prompts[request_id].lost_with_owner = True
             self._open -= 1
-        self._go_down(board)
+        # A process that dies leaves a system that says so, unless the power has failed.
+        self._go_down(board, self._rng.choice((self.scenario.delay_ms[1], KEEP_ALIVE_MS)))
 
     def _stop(self, board: Board) -> None:
         """What SIGTERM does: drain, a little patience, the last words."""
@@ -352,12 +376,17 @@ class World:
             self._do(board, node.stop(self.now_ms))
             if self._checks is not None:
                 self._checks.stopped(board, node)
-            self._go_down(board)
+            self._go_down(board, self.scenario.delay_ms[1])
 
         self._in(2_000, last_words)
 
-    def _go_down(self, board: Board) -> None:
+    def _go_down(self, board: Board, noticed_ms: int) -> None:
+        """:param noticed_ms: after which the others' ends of its links end."""
         board.node = None
+        board.links.clear()
+        for other in self._reported:
+            if other is not board and other.node is not None:
+                self._in(noticed_ms, self._unlink, other, other.boot, board.board_id, board.boot)
         self._engine_dies(board)
         self._count(board, 0, busy=False)
         board.down_since_ms = self.now_ms
@@ -477,7 +506,7 @@ class World:
 
     def _carry(self, board: Board, to: BoardId, message: Message) -> None:
         target = self.boards[to]
-        link = (board.boot, target.boot)  # which ends with either boot
+        link = (board.boot, board.links.get(to, target.boot))  # which ends with either boot
         delay_ms = self._low_ms + int(self._random() * self._spread_ms)
         if self._perfect:
             if target.node is not None:
@@ -495,7 +524,7 @@ class World:
             if lost == 4:
                 self._in(delay_ms, self._undelivered, board, to, message)
                 return
-        if target.node is None:
+        if target.node is None or to not in board.links or link[1] != target.boot:
             if not hop:
                 self._in(3_000, self._undelivered, board, to, message)
             return

@@ -34,7 +34,6 @@ from edgemoa.core.events import (
     WorkFailed,
 )
 from edgemoa.core.load import Learned, UsualJob
-from edgemoa.core.membership import GONE_AFTER_MS, HEARTBEAT_MS
 from edgemoa.core.messages import (
     Alive,
     BoardId,
@@ -52,10 +51,12 @@ from edgemoa.core.moa import Draft, Room, Synthesis, size_bytes
 from edgemoa.core.node import Node, NodeSettings
 from edgemoa.core.rates import DecodeRate, PrefillRate, Rates
 from edgemoa.core.status import snapshot
+from edgemoa.core.swim import REPORT_MS
 
 ME, B, C, D = (BoardId(x) for x in ("me", "bb", "cc", "dd"))
 ENGINE = EngineInfo("tiny", 2048, slots=1)
 WHY = (ChatMessage("user", "Why?"),)
+GONE_MS = 8_000  # more than it takes to find that a board is gone
 PLENTY = Room(10_000)
 T = TypeVar("T")
 
@@ -143,6 +144,14 @@ class Rig:
         for peer in heard:
             self.hear(peer, sequence=self.now)
         self.take(self.node.tick(self.now))
+
+    def wait(self, later_ms: int) -> None:
+        """Let time pass, with each tick at its time."""
+        until_ms = self.now + later_ms
+        while (due_ms := self.node.next_deadline_ms()) <= until_ms:
+            self.now = max(due_ms, self.now)
+            self.take(self.node.tick(self.now))
+        self.now = until_ms
 
 
 def test_algorithm_1_with_one_layer() -> None:
@@ -299,7 +308,7 @@ def test_a_dead_peer_never_hangs_a_prompt(how: str) -> None:
         case "leave":
             rig.take(rig.node.receive(B, Leave(1), rig.now))
         case "silence":
-            rig.tick(GONE_AFTER_MS)
+            rig.wait(GONE_MS)
         case "restart":
             rig.hear(B, boot=2)
         case "unpair":
@@ -591,7 +600,7 @@ def test_a_full_queue_of_peers_does_not_keep_the_owner_out() -> None:
 def test_a_dead_owners_work_stops() -> None:
     rig = Rig(B)
     rig.take(rig.node.receive(B, proposal_for(B), rig.now))
-    rig.tick(GONE_AFTER_MS)
+    rig.wait(GONE_MS)
     assert rig.stopped == [rig.started[0].job.job_id]
 
 
@@ -709,17 +718,46 @@ def test_nothing_is_taken_from_peers_while_the_model_is_away() -> None:
 # --- coming and going
 
 
-def test_heartbeats_and_no_echo_of_them() -> None:
+def test_reports_are_told_when_there_is_something_new_and_not_echoed() -> None:
     rig = Rig(B, C)
-    rig.tick(HEARTBEAT_MS)
-    assert {to for to, _ in rig.messages(Alive)} == {B, C}
-    sequences = [alive.sequence for _, alive in rig.messages(Alive)]
+    rig.wait(5 * REPORT_MS)
+    rig.hear(B, 2)
+    rig.hear(C, 2)
     rig.clear()
     rig.hear(B, sequence=9)
     assert rig.sent == []
-    rig.tick(HEARTBEAT_MS)
-    assert rig.messages(Alive)[0][1].sequence > max(sequences)
-    assert rig.node.next_deadline_ms() <= rig.now + HEARTBEAT_MS
+    rig.ask(0, 0)
+    rig.wait(REPORT_MS)
+    assert {to for to, _ in rig.messages(Alive)} == {B, C}
+    assert {alive.running for _, alive in rig.messages(Alive)} == {1}
+    assert rig.node.next_deadline_ms() <= rig.now + REPORT_MS
+
+
+def test_a_link_says_who_is_there_and_which_boot_of_it() -> None:
+    rig = Rig()
+    rig.take(rig.node.pair(B, B, rig.now))
+    assert rig.sent == []
+    rig.take(rig.node.linked(B, 1, rig.now))
+    assert rig.messages(Alive)[0][0] == B
+    rig.hear(B)
+    rig.take(rig.node.receive(B, proposal_for(B), rig.now))
+    rig.take(rig.node.linked(B, 1, rig.now))  # another link to the same boot
+    assert rig.stopped == []
+    rig.take(rig.node.linked(B, 2, rig.now))
+    assert rig.stopped == [rig.started[0].job.job_id]
+    rig.take(rig.node.linked(C, 1, rig.now))  # not paired
+    rig.take(rig.node.unlinked(C, rig.now))
+
+
+def test_a_board_without_a_link_is_not_picked_and_then_not_waited_for() -> None:
+    rig = Rig(B)
+    rig.ask(proposers=1)
+    rig.done("mine")
+    rig.take(rig.node.unlinked(B, rig.now))
+    assert rig.node.members.usable() == []
+    assert not rig.events(Answered)
+    rig.wait(GONE_MS)
+    assert rig.one(Answered).text == "mine"
 
 
 def test_draining_hands_back_what_has_not_begun_and_finishes_the_rest() -> None:
@@ -934,7 +972,7 @@ def test_nothing_is_said_after_the_last_word() -> None:
     rig = Rig(B)
     rig.take(rig.node.stop(rig.now))
     rig.clear()
-    rig.tick(HEARTBEAT_MS)
+    rig.tick(REPORT_MS)
     assert rig.sent == []
 
 

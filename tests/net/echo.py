@@ -36,6 +36,12 @@ class Echo:
     def on_unpaired(self, board: BoardId, reason: str) -> None:
         print("unpaired", board, flush=True)
 
+    def on_linked(self, board: BoardId, boot: int) -> None:
+        print("linked", board, flush=True)
+
+    def on_unlinked(self, board: BoardId) -> None:
+        print("unlinked", board, flush=True)
+
 
 async def main() -> None:
     state_dir, name = Path(sys.argv[1]), sys.argv[2]

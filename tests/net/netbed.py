@@ -49,6 +49,8 @@ class Recorder:
     undelivered: list[tuple[BoardId, Message]] = field(default_factory=list)
     paired: dict[BoardId, str] = field(default_factory=dict)
     unpaired: dict[BoardId, str] = field(default_factory=dict)
+    linked: list[tuple[BoardId, int]] = field(default_factory=list)
+    unlinked: list[BoardId] = field(default_factory=list)
 
     def on_message(self, sender: BoardId, message: Message) -> None:
         self.messages.append((sender, message))
@@ -61,6 +63,12 @@ class Recorder:
 
     def on_unpaired(self, board: BoardId, reason: str) -> None:
         self.unpaired[board] = reason
+
+    def on_linked(self, board: BoardId, boot: int) -> None:
+        self.linked.append((board, boot))
+
+    def on_unlinked(self, board: BoardId) -> None:
+        self.unlinked.append(board)
 
 
 @dataclass

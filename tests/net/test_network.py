@@ -14,7 +14,7 @@ from netbed import CANARY, FAST, SECRET, Bed, Board, large, run, small, until
 
 from edgemoa import config
 from edgemoa.core import limits
-from edgemoa.core.messages import Alive
+from edgemoa.core.messages import Alive, Ping, Sync
 from edgemoa.errors import AddressInUseError, ConfigError
 from edgemoa.net.network import Network
 from edgemoa.net.pairing import new_join_secret, parse_join_secret
@@ -80,6 +80,41 @@ def test_a_large_message_takes_the_link(tmp_path: Path) -> None:
         await until(lambda: b.heard.messages != [])
         assert b.heard.messages == [(a.id, large())]
         assert max(map(len, datagrams)) <= limits.MAX_DATAGRAM_BYTES
+
+    run(tmp_path, test)
+
+
+def test_links_are_told_before_what_comes_over_them(tmp_path: Path) -> None:
+    async def test(bed: Bed) -> None:
+        a, b = await bed.pair()
+        boot = b.network.boot_epoch
+        assert set(a.heard.linked) == {(b.id, boot)}
+        await b.crash()
+        await until(lambda: a.heard.unlinked == [b.id])
+        b = await bed.board("b", seeds=(a.seed,))
+        await until(lambda: a.heard.linked[-1] == (b.id, b.network.boot_epoch))
+        assert b.network.boot_epoch > boot
+        assert a.heard.unlinked == [b.id]
+
+    run(tmp_path, test)
+
+
+def test_the_second_way_to_ask_a_board_is_another_one(tmp_path: Path) -> None:
+    blocked = False
+
+    def hook(datagram: bytes) -> Iterable[bytes]:
+        return [] if blocked else [datagram]
+
+    async def test(bed: Bed) -> None:
+        nonlocal blocked
+        a, b = await bed.pair(a=hook)
+        await until(lambda: a.network._peers[b.id].link.udp_works)  # type: ignore[union-attr]
+        blocked = True
+        a.network.send(b.id, Ping(1, 0))
+        a.network.send(b.id, Ping(2, 0, sure=True))
+        a.network.send(b.id, Sync(b"digested"))
+        await until(lambda: len(b.heard.messages) == 2)
+        assert b.heard.messages == [(a.id, Ping(2, 0, sure=True)), (a.id, Sync(b"digested"))]
 
     run(tmp_path, test)
 

@@ -45,16 +45,16 @@ def test_the_same_bits_in_another_process(pick: str) -> None:
 
 @pytest.mark.parametrize("scenario", [
     GROUP,
-    replace(GROUP, reports="heartbeats"),
+    replace(GROUP, reports="messages"),
     replace(GROUP, slots=1, boards=3, prompts_per_s=0.3, own_requests=4, peer_jobs=4),
-], ids=["table", "heartbeats", "crowded"])  # fmt: skip
+], ids=["table", "messages", "crowded"])  # fmt: skip
 def test_invariants_hold_in_both_modes_of_reports(scenario: Scenario) -> None:
     outcome = World(scenario, 4).run()
     assert outcome.answered > 100
 
 
 @pytest.mark.parametrize("pick", ["uniform", "shortest"])
-def test_a_table_of_reports_is_as_good_as_heartbeats(pick: str) -> None:
+def test_a_table_of_reports_is_as_good_as_messages(pick: str) -> None:
     calm = Scenario(boards=10, seconds=4_000, warm_up_s=200, prompts_per_s=0.08,
                     service_s=(1.0, 1.0, 1.5), node={"pick": pick, "ladder": False},
                     own_requests=FREE, peer_jobs=FREE)  # fmt: skip
@@ -69,13 +69,13 @@ def test_a_table_of_reports_is_as_good_as_heartbeats(pick: str) -> None:
     for figure, off in (("asked", 0.05), ("utilisation", 0.04)):
         assert total(listed, figure) == pytest.approx(total(beating, figure), rel=off)
     for percent in (50, 95):
-        by_table, by_heartbeats = (
+        by_table, by_messages = (
             statistics.quantiles([ms for each in runs for ms in each.latency_ms], n=100)[
                 percent - 1
             ]
             for runs in (listed, beating)
         )
-        assert by_table == pytest.approx(by_heartbeats, rel=0.15)
+        assert by_table == pytest.approx(by_messages, rel=0.15)
 
 
 def test_old_reports_make_the_shortest_pick_worse() -> None:

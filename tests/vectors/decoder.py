@@ -87,21 +87,39 @@ MESSAGES: dict[str, dict[str, Any]] = {
     },
     "cancel": {"request_id": REQUEST_ID, "layer": LAYER},
 }
+ALIVE: dict[str, Any] = {
+    "boot": EPOCH,
+    "sequence": EPOCH,
+    "name": NAME,
+    "accepting": BOOL,
+    "model": NAME,
+    "waiting": COUNT,
+    "running": COUNT,
+    "expected_wait_ms": MILLIS,
+    "proposal_ms": (*MILLIS, 0),
+    "aggregation_ms": (*MILLIS, 0),
+    "utilisation_permille": (*COUNT, 0),
+}
+SHORT_ID = (bytes, 8, 8)
+NEWS = (tuple, SHORT_ID, (INT, 0, 255), EPOCH, EPOCH, SHORT_ID)  # an array
+TIDINGS: tuple[Any, ...] = (LIST, 0, 20, NEWS, [])
+ASKED: dict[str, Any] = {
+    "number": EPOCH,
+    "incarnation": EPOCH,
+    "news": TIDINGS,
+    "report": (None, {"type": ("alive",), **ALIVE}),  # or nothing
+    "sure": (*BOOL, False),
+}
 HOPS: dict[str, dict[str, Any]] = {
-    "alive": {
-        "boot": EPOCH,
-        "sequence": EPOCH,
-        "name": NAME,
-        "accepting": BOOL,
-        "model": NAME,
-        "waiting": COUNT,
-        "running": COUNT,
-        "expected_wait_ms": MILLIS,
-        "proposal_ms": (*MILLIS, 0),
-        "aggregation_ms": (*MILLIS, 0),
-        "utilisation_permille": (*COUNT, 0),
-    },
+    "alive": ALIVE,
     "leave": {"boot": EPOCH},
+    "ping": ASKED,
+    "ack": ASKED,
+    "ping_req": {"number": EPOCH, "board": SHORT_ID, "news": TIDINGS},
+    "nack": {"number": EPOCH},
+    "gossip": {"news": (LIST, 0, 20, NEWS)},
+    "sync": {"digest": SHORT_ID},
+    "view": {"news": (LIST, 0, 64, NEWS), "ask": (*BOOL, False)},
     "part": {
         "request_id": REQUEST_ID,
         "layer": LAYER,
@@ -163,6 +181,10 @@ def key_id(public_key: bytes) -> bytes:
     return hashlib.sha256(public_key).digest()[:8]
 
 
+def short_id(board: str) -> bytes:
+    return hashlib.sha256(board.encode()).digest()[:8]
+
+
 def unpack(data: bytes, what: str) -> Any:
     try:
         return msgpack.unpackb(
@@ -188,6 +210,12 @@ def fits(value: Any, rule: Any) -> Any:
         if value not in rule:
             raise ValueError
         return value
+    if rule[0] is None:
+        return None if value is None else fits(value, rule[1])
+    if rule[0] is tuple:
+        if type(value) is not list or len(value) < len(rule) - 1:
+            raise TypeError
+        return [fits(v, r) for v, r in zip(value, rule[1:], strict=False)]
     kind, low, high = rule[:3]
     if kind is FLOAT and type(value) is int:
         value = float(value)
@@ -210,6 +238,8 @@ def array(value: Any, what: str, *rules: Any) -> list[Any]:
 def field(value: dict[Any, Any], name: str, rule: Any) -> Any:
     if name in value:
         return fits(value[name], rule)
+    if isinstance(rule, tuple) and rule[0] is None:
+        return None
     if isinstance(rule, tuple) and len(rule) == (5 if rule[0] is LIST else 4):
         return rule[-1]
     raise ValueError
@@ -259,11 +289,23 @@ def open_envelope(data: bytes, authors: list[bytes], to: str, to_boot: int) -> d
     return {"boot": boot, "sequence": sequence, "type": kind, "message": message}
 
 
+def shown(value: Any) -> Any:
+    """As the vectors have it: bytes in base64."""
+    match value:
+        case bytes():
+            return base64.b64encode(value).decode()
+        case list():
+            return [shown(each) for each in value]
+        case dict():
+            return {name: shown(each) for name, each in value.items()}
+    return value
+
+
 def open_hop(body: bytes) -> dict[str, Any]:
     fields = unpack(body, "hop message")
     try:
         kind = fields["type"]
-        return {"type": kind, "message": fits(fields, HOPS[kind])}
+        return {"type": kind, "message": shown(fits(fields, HOPS[kind]))}
     except (KeyError, ValueError, TypeError):
         raise RefusedError("not a valid hop message") from None
 

@@ -20,17 +20,25 @@ from spake2 import SPAKE2_A, SPAKE2_B
 
 from edgemoa.core import envelope
 from edgemoa.core.messages import (
+    Ack,
     Alive,
     Cancel,
     ChatMessage,
     Declined,
+    Gossip,
     Leave,
     Message,
+    Nack,
+    News,
     Part,
+    Ping,
+    PingReq,
     Proposal,
     Propose,
     Queued,
     Sampling,
+    Sync,
+    View,
 )
 from edgemoa.core.roster import Roster
 from edgemoa.models.library import ModelFile, content_id
@@ -72,9 +80,20 @@ MESSAGES: list[Message] = [
     ),
     Cancel("request-0001", 8),
 ]
+REPORT = Alive(BOOT, 7, "ann", True, "model", 1, 2, 900, 1_000, 2_000, 500)
+NEWS = News(
+    envelope.short_id(CID.board_id), 1, TO_BOOT, 3, envelope.short_id(ANN.board_id)
+)  # CID is suspected, ANN found
 HOPS: list[Message] = [
-    Alive(BOOT, 7, "ann", True, "model", 1, 2, 900, 1_000, 2_000, 500),
+    REPORT,
     Leave(BOOT),
+    Ping(8, 2, (NEWS,), REPORT, sure=True),
+    Ack(8, 0),
+    PingReq(9, envelope.short_id(CID.board_id), (NEWS,)),
+    Nack(9),
+    Gossip((NEWS, News(envelope.short_id(BOB.board_id), 0, TO_BOOT, 2**53 - 1, NEWS.by))),
+    Sync(bytes(range(8))),
+    View((NEWS,), ask=True),
     Part("request-0001", 2, 17, " of light 🌌"),
 ]
 
@@ -123,6 +142,7 @@ def identities() -> Vectors:
                 "public_key": board.public_key.hex(),
                 "board_id": board.board_id,
                 "key_id": envelope.key_id(board.public_key).hex(),
+                "short_id": envelope.short_id(board.board_id).hex(),
                 "certificate": board.certificate.hex(),
             }
             for name, board in (("ann", ANN), ("bob", BOB), ("cid", CID))
@@ -276,7 +296,7 @@ def hops() -> Vectors:
     good = []
     for message in HOPS:
         kind, data = envelope.encode(message)
-        told = {k: v for k, v in msgspec.to_builtins(message).items() if k != "type"}
+        told = {k: msgspec.to_builtins(getattr(message, k)) for k in message.__struct_fields__}
         good.append({"name": kind, "body": data.hex(), "type": kind, "message": told})
     fields = msgspec.to_builtins(HOPS[-1])
     fine = envelope.encode(HOPS[-1])[1]
@@ -296,6 +316,32 @@ def hops() -> Vectors:
         ("layer 0", {"layer": 0}),
     ):
         bad.append((name, msgpack.packb({**fields, **changes})))
+    one: list[Any] = [NEWS.board, NEWS.state, NEWS.boot, NEWS.incarnation, NEWS.by]
+    for name, each in (
+        ("news that are no array", {"board": NEWS.board}),
+        ("news cut off", one[:-1]),
+        ("a board's id of 7 bytes in news", [one[0][:-1], *one[1:]]),
+        ("a board's id as text in news", ["01234567", *one[1:]]),
+        ("a state beyond a byte", [one[0], 256, *one[2:]]),
+        ("a negative incarnation", [*one[:3], -1, one[4]]),
+        ("a boot that is no integer", [*one[:2], 1.0, *one[3:]]),
+    ):
+        bad.append((name, msgpack.packb({"type": "gossip", "news": [each]})))
+    ping = {"type": "ping", "number": 1, "incarnation": 0}
+    wrong: list[tuple[str, Vectors]] = [
+        ("a ping with nil for its incarnation", {"incarnation": None}),
+        ("a ping with a number as text", {"number": "1"}),
+        ("a ping with too many news", {"news": [one] * 21}),
+        ("a ping with a report that is none", {"report": {"type": "alive", "boot": 1}}),
+        ("a ping with a report of another type", {"report": {"type": "leave", "boot": 1}}),
+        ("a ping with 1 for true", {"sure": 1}),
+    ]
+    bad += [(name, msgpack.packb({**ping, **changes})) for name, changes in wrong]
+    bad += [
+        ("a digest of 9 bytes", msgpack.packb({"type": "sync", "digest": b"123456789"})),
+        ("a view of too many", msgpack.packb({"type": "view", "news": [one] * 65})),
+        ("ping_req for nobody", msgpack.packb({"type": "ping_req", "number": 1})),
+    ]
     error = "not a valid hop message"
     return {
         "good": good,

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from edgemoa.core import envelope
-from edgemoa.core.messages import HOP_MESSAGES, ChatMessage, Message, Sampling
+from edgemoa.core.messages import HOP_MESSAGES, BoardId, ChatMessage, Message, Sampling
 from edgemoa.errors import ConfigError, EdgemoaError
 from edgemoa.models.library import ModelFile, content_id
 from edgemoa.net import copies, pairing, sealed, wire
@@ -42,6 +42,8 @@ def test_identities(vector: dict[str, str]) -> None:
     assert vector["board_id"] == envelope.board_id(public_key) == decoder.board_id(public_key)
     key_id = envelope.key_id(public_key)
     assert bytes.fromhex(vector["key_id"]) == key_id == decoder.key_id(public_key)
+    board = BoardId(vector["board_id"])
+    assert envelope.short_id(board) == decoder.short_id(board) == bytes.fromhex(vector["short_id"])
     assert envelope.check_board_id(vector["board_id"]) == vector["board_id"]
     assert decoder.check_board_id(vector["board_id"]) == vector["board_id"]
     assert read_certificate(bytes.fromhex(vector["certificate"])) == public_key
@@ -90,8 +92,9 @@ def test_bad_envelopes(view: Any, vector: dict[str, Any]) -> None:
 
 def hop(data: bytes) -> dict[str, Any]:
     """The package's view of a hop message, in the vectors' form."""
-    message = json.loads(msgspec.json.encode(envelope.decode_hop(data)))
-    return {"type": message.pop("type"), "message": message}
+    message = envelope.decode_hop(data)
+    told = {k: msgspec.to_builtins(getattr(message, k)) for k in message.__struct_fields__}
+    return {"type": message.__struct_config__.tag, "message": json.loads(json.dumps(told))}
 
 
 @pytest.mark.parametrize("view", [hop, decoder.open_hop])
