@@ -46,23 +46,27 @@ class Chat:
             self._terminal.step("/help says what can be typed; Ctrl-D leaves")
         while True:
             try:
-                text = _read()
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-                continue
-            except EOFError:
-                return 0
-            if not text:
-                continue
-            if text.startswith("/"):
-                if text in ("/quit", "/exit"):
+                if not self._turn():
                     return 0
-                self._command(text)
-                continue
+            except KeyboardInterrupt:  # wherever in the turn it comes, the program stays
+                print(file=sys.stderr)
+
+    def _turn(self) -> bool:
+        """One line of the user's, and what comes of it. Returns whether to go on."""
+        try:
+            text = _read()
+        except EOFError:
+            return False
+        if text in ("/quit", "/exit"):
+            return False
+        if text.startswith("/"):
+            self._command(text)
+        elif text:
             try:
                 self._ask(text)
             except EdgemoaError as error:
                 self._terminal.step(f"{error}{f': {error.hint}' if error.hint else ''}")
+        return True
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")

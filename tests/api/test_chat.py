@@ -55,6 +55,11 @@ class Conversation:
         os.close(self._terminal)
 
 
+def asked(seen: str) -> bool:
+    """Whether the program waits for the next line."""
+    return seen.rstrip(" ").endswith(">")
+
+
 @pytest.fixture
 def talk(path: Path) -> Iterator[Conversation]:  # noqa: F811
     made = Conversation(path)
@@ -68,7 +73,7 @@ def test_a_conversation(talk: Conversation, board: ScriptedBoard) -> None:  # no
     board.context_tokens = 1000
     talk.until(lambda seen: "> " in seen)
     talk.type("Why?\n")
-    shown = talk.until(lambda seen: "Because." in seen and seen.rstrip(" ").endswith(">"))
+    shown = talk.until(lambda seen: "Because." in seen and asked(seen))
     assert "bee proposes" in shown
     talk.type("/plan M1k3\n")
     talk.until(lambda seen: "M=1, k=3" in seen)
@@ -85,7 +90,7 @@ def test_a_conversation(talk: Conversation, board: ScriptedBoard) -> None:  # no
     talk.until(lambda seen: "Because." in seen)
     assert [m.content for m in board.asked[2].messages] == ["one \nline"]
     talk.type("/trace\n")
-    talk.until(lambda seen: "plan M=1, k=1" in seen)
+    talk.until(lambda seen: "plan M=1, k=1" in seen and asked(seen))
     talk.type("\x04")
     assert talk.process.wait(10) == 0
 
@@ -99,10 +104,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     talk.type("Why?\n")
     talk.until(lambda seen: "It begins" in seen)
     talk.type("\x03")
-    talk.until(lambda seen: "stopped" in seen)
+    talk.until(lambda seen: "stopped" in seen and asked(seen))
     assert board.gone_early.wait(10), "the board works on for nobody"
-    talk.type("half a line\x03")
-    talk.until(lambda seen: seen.count("> ") >= 1)
+    talk.type("half a line")
+    talk.until(lambda seen: "half a line" in seen)
+    time.sleep(0.3)  # while readline still draws, Python hears of it only with the next key
+    talk.type("\x03")
+    talk.until(asked)
     board.script = [Accepted(Granted(0, 0), 0), Text("Yes."), answered("Yes.")]
     talk.type("And?\n")
     talk.until(lambda seen: "Yes." in seen)
