@@ -357,15 +357,17 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
+    import shutil
     from urllib.parse import quote
 
     from edgemoa import show
 
-    told = _client(arguments).get(f"/v1/requests/{quote(arguments.id, safe='')}")
+    told = _client(arguments).get(f"/v1/requests/{quote(arguments.id, safe='')}/trace")
     if arguments.json:
         print(json.dumps(told))
     elif told["state"] == "answered":
-        print(show.summary(told["response"]["edgemoa"]))
+        columns = min(shutil.get_terminal_size().columns, 100)
+        print(f"{show.summary(told['trace'])}\n\n{show.timeline(told['trace'], columns)}")
     else:
         place = f", {told['position']} before it" if told.get("position") else ""
         why = f": {told['error']['message']}" if "error" in told else place

@@ -59,7 +59,7 @@ def follow(chunks: Iterable[dict[str, Any]], terminal: Terminal | None) -> dict[
         event = chunk.get("edgemoa")
         if isinstance(event, dict):
             if event.get("type") == "answered":
-                answered = event
+                answered = {"id": chunk.get("id", "")} | event
             elif terminal is not None:
                 for line in _progress(event):
                     terminal.step(line)
@@ -92,20 +92,23 @@ def _progress(event: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(answered: dict[str, Any]) -> str:
-    """The table of what happened, for people. ``cached`` and ``read`` are the prompt's tokens."""
+    """The table of what happened, for people. ``cached`` and ``read`` are the prompt's tokens,
+    ``bytes`` of text what was sent there and came back."""
     rows: list[tuple[str, ...]] = [
-        ("board", "layer", "waited", "read for", "wrote for", "cached", "read", "wrote", "model")
-    ]
+        ("board", "layer", "waited", "read for", "wrote for", "cached", "read", "wrote",
+         "network", "bytes", "model")
+    ]  # fmt: skip
     rows += [
         (
-            p["board"] + (" (owner)" if p["own"] else ""),
-            str(p["layer"]),
+            *_whose(p),
             *_spent(p, p["prompt_tokens"]),
+            seconds(p["network_ms"]),
+            f"{p['sent_bytes']}/{p['received_bytes']}",
             p["model"],
         )
         for p in answered["proposals"]
     ]
-    rows.append(("answer", "", *_spent(answered, answered["job_tokens"]), ""))
+    rows.append(("answer", "", *_spent(answered, answered["job_tokens"]), "", "", ""))
     last = len(rows[0]) - 1
     widths = [max(len(row[i]) for row in rows) for i in range(last)]
     lines = []
@@ -119,10 +122,52 @@ def summary(answered: dict[str, Any]) -> str:
     ]
     if answered["note"]:
         lines.append(f"note: {answered['note']}")
+    if answered.get("id"):
+        lines.append(f"id {answered['id']}")
     granted = answered["granted"]
     why = f" ({granted['why']})" if granted["why"] else ""
     lines.append(f"plan {plan(granted)}{why}; {seconds(answered['total_ms'])} in all")
     return harmless("\n".join(lines))
+
+
+_NETWORK, _WAITED, _READ, _WROTE = "·░▒█"
+
+
+def timeline(answered: dict[str, Any], columns: int) -> str:
+    """When who did what, drawn: a row each, from the acceptance of the prompt to its answer.
+
+    :param columns: how wide it may be.
+    """
+    jobs = [(*_whose(each), each["asked_at_ms"], each) for each in answered["proposals"]]
+    spent_ms = answered["queue_ms"] + answered["work_ms"]
+    jobs.append(("answer", "", answered["total_ms"] - spent_ms, answered))
+    names = [f"{name} {layer}" for name, layer, _, _ in jobs]
+    width = max(map(len, names))
+    wide = max(columns - width - 2, 20)
+    scale = wide / max(answered["total_ms"], 1)
+    lines = []
+    for shown, (_, _, begun_ms, job) in zip(names, jobs, strict=True):
+        parts = (
+            (" ", max(begun_ms, 0)),
+            (_NETWORK, job.get("network_ms", 0)),
+            (_WAITED, job["queue_ms"]),
+            (_READ, job["prefill_ms"]),
+            (_WROTE, job["work_ms"] - job["prefill_ms"]),
+        )
+        bar, at_ms = "", 0
+        for mark, lasted_ms in parts:
+            at_ms += lasted_ms
+            bar += mark * (round(at_ms * scale) - len(bar))
+        lines.append(f"{shown:<{width}}  {bar[:wide].rstrip()}")
+    end = seconds(answered["total_ms"])
+    lines.append(f"{'':<{width}}  0{end:>{wide - 1}}")
+    key = f"{_NETWORK} network  {_WAITED} waited  {_READ} read  {_WROTE} wrote"
+    lines.append(f"{'':<{width}}  {key}")
+    return harmless("\n".join(lines))
+
+
+def _whose(proposal: dict[str, Any]) -> tuple[str, str]:
+    return proposal["board"] + (" (owner)" if proposal["own"] else ""), str(proposal["layer"])
 
 
 def _spent(job: dict[str, Any], prompt_tokens: int) -> tuple[str, ...]:

@@ -147,6 +147,7 @@ def test_what_each_job_waited_read_and_wrote_is_shown() -> None:
     record = {
         "board": "bee", "layer": 1, "model": "tiny", "own": True, "prompt_tokens": 50,
         "cached_tokens": 20, "tokens": 7, "queue_ms": 10, "prefill_ms": 100, "work_ms": 350,
+        "asked_at_ms": 5, "network_ms": 20, "sent_bytes": 90, "received_bytes": 30,
     }  # fmt: skip
     answered = record | {
         "prompt_tokens": 50, "job_tokens": 300, "cached_tokens": 260, "work_ms": 1_100,
@@ -155,8 +156,25 @@ def test_what_each_job_waited_read_and_wrote_is_shown() -> None:
     }  # fmt: skip
     head, own, answer, _ = show.summary(answered).splitlines()
     assert "cached" in head
-    assert " ".join(own.split()[2:]) == "1 0.01 s 0.10 s 0.25 s 20 30 7 tiny"
+    assert " ".join(own.split()[2:]) == "1 0.01 s 0.10 s 0.25 s 20 30 7 0.02 s 90/30 tiny"
     assert " ".join(answer.split()[1:]) == "0.01 s 0.10 s 1.00 s 260 40 7"
+
+
+def test_when_who_did_what_is_drawn() -> None:
+    record = {
+        "board": "bee", "layer": 1, "own": False, "asked_at_ms": 100, "network_ms": 100,
+        "queue_ms": 100, "prefill_ms": 200, "work_ms": 400,
+    }  # fmt: skip
+    answered = {
+        "proposals": [record], "total_ms": 1_000, "queue_ms": 0, "prefill_ms": 0, "work_ms": 300,
+    }  # fmt: skip
+    lines = show.timeline(answered, 29).splitlines()
+    assert lines[0] == "bee 1      ··░░▒▒▒▒████"
+    assert lines[1] == "answer                 ██████"
+    assert lines[2] == "         0             1.00 s"
+    # Clocks that do not agree draw no more than there is.
+    wild = answered | {"proposals": [record | {"asked_at_ms": -5, "work_ms": 9_000}]}
+    assert max(map(len, show.timeline(wild, 29).splitlines()[:2])) <= 29
 
 
 def test_speed_is_tokens_a_second_in_all() -> None:

@@ -171,6 +171,15 @@ class Prompts:
                 errors=(UserError, NotFoundError),
             ),
             Route(
+                method="GET",
+                path=requests.PATH + "/{id}/trace",
+                handler=self._trace,
+                about="How an answer came about, without the answer",
+                told=ok("How it came about, or how far it has come", requests.Trace),
+                parameters=[one],
+                errors=(NotFoundError,),
+            ),
+            Route(
                 method="DELETE",
                 path=requests.PATH + "/{id}",
                 handler=self._forget,
@@ -312,11 +321,7 @@ class Prompts:
         """How a prompt stands; with ``?wait=`` not before its end, or so many seconds; or all that
         happens with it, as events."""
         request_id, owner = http.match_info["id"], peer(http)[0]
-        wait_s, ticket = requests.wait_s(http), await self._service.find(request_id, owner)
-        if ticket is None:
-            raise NotFoundError(
-                "no such request here", hint="it was deleted, its time is over, or it is another's"
-            )
+        wait_s, ticket = requests.wait_s(http), await self._ticket(http)
         if requests.wants_events(http):
             shape = ChatTelling(
                 request_id, ticket.created, ticket.model, stream=True, events=True, usage=True
@@ -328,6 +333,18 @@ class Prompts:
             await self._await_end(request_id, owner, wait_s)
             ticket = await self._service.find(request_id, owner) or ticket
         return _ticket(ticket)
+
+    async def _trace(self, http: web.Request) -> web.Response:
+        ticket = await self._ticket(http)
+        return json_response(requests.trace_json(ticket, _bad_end(ticket)))
+
+    async def _ticket(self, http: web.Request) -> Ticket:
+        ticket = await self._service.find(http.match_info["id"], peer(http)[0])
+        if ticket is None:
+            raise NotFoundError(
+                "no such request here", hint="it was deleted, its time is over, or it is another's"
+            )
+        return ticket
 
     async def _await_end(self, request_id: str, owner: str, seconds: float) -> None:
         until = asyncio.get_running_loop().time() + seconds
@@ -472,7 +489,11 @@ async def _large(make: Callable[[], object]) -> web.Response:
     return web.Response(body=body, content_type="application/json")
 
 
-def _ticket(ticket: Ticket, status: int = 200) -> web.Response:
+def _bad_end(ticket: Ticket) -> EdgemoaError | None:
     failed = requests.failed(ticket)
-    told = requests.ticket_json(ticket, failure(failed) if failed else None)
+    return failure(failed) if failed else None
+
+
+def _ticket(ticket: Ticket, status: int = 200) -> web.Response:
+    told = requests.ticket_json(ticket, _bad_end(ticket))
     return json_response(told, status, {"Location": f"{requests.PATH}/{ticket.id}"})

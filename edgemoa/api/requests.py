@@ -42,6 +42,23 @@ class Ticketed(msgspec.Struct, kw_only=True):
     edgemoa: openai.Refusal | UnsetType = UNSET
 
 
+class Trace(msgspec.Struct, kw_only=True):
+    """How an answer came about, or how far it has come: ``events``, and at its end ``trace``, which
+    says of each proposal who wrote it, where its time went, and what it read and wrote. No text."""
+
+    id: str
+    object: Literal["edgemoa.trace"] = "edgemoa.trace"
+    created: int
+    model: str
+    state: State
+    granted: Granted | UnsetType = UNSET
+    position: int | UnsetType = UNSET
+    expected_ms: int | UnsetType = UNSET
+    events: list[RequestEvent] | UnsetType = UNSET
+    trace: Answered | UnsetType = UNSET
+    error: openai.ErrorBody | UnsetType = UNSET
+
+
 class Unfinished(msgspec.Struct):
     """A user's prompts that have no outcome yet."""
 
@@ -79,6 +96,25 @@ def ticket_json(ticket: Ticket, error: EdgemoaError | None = None) -> Ticketed:
         failed = openai.error_json(error)
         told.error, told.edgemoa = failed.error, failed.edgemoa
     return told
+
+
+def trace_json(ticket: Ticket, error: EdgemoaError | None = None) -> Trace:
+    """How its answer came about. Parameters as of :func:`ticket_json`."""
+    told = ticket_json(ticket, error)
+    trace = Trace(
+        id=told.id,
+        created=told.created,
+        model=told.model,
+        state=told.state,
+        granted=told.granted,
+        position=told.position,
+        expected_ms=told.expected_ms,
+        events=told.events,
+        error=told.error,
+    )
+    if isinstance(ticket.end, Answered):
+        trace.trace = msgspec.structs.replace(ticket.end, text="", calls=())
+    return trace
 
 
 def idempotency_key(http: web.Request) -> str:

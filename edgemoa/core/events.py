@@ -233,7 +233,8 @@ class ProposalRecord(msgspec.Struct, frozen=True):
     """One proposal, as shown to the user: who, where its time went, how much was read and written.
 
     ``work_ms`` is prefill and decode by the clock, ``model_ms`` the job's own share of the model's
-    time, what was read ahead of it included.
+    time, what was read ahead of it included. ``network_ms`` is what is left of the time from the
+    question to the proposal, delivery included; bytes are of the texts, without what carries them.
     """
 
     board: str  # name
@@ -248,6 +249,10 @@ class ProposalRecord(msgspec.Struct, frozen=True):
     cached_tokens: int = 0  # of the prompt, that need not be read
     prefill_ms: int = 0
     model_ms: int = 0
+    asked_at_ms: int = 0  # after the prompt was accepted
+    network_ms: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class LeftOut(msgspec.Struct, frozen=True):

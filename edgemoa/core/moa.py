@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Final, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from edgemoa.core import limits
 from edgemoa.core.events import (
@@ -341,6 +341,13 @@ class IllegalTransitionError(RuntimeError):
     """A defect of ours: something tried to move a prompt to a state that cannot follow."""
 
 
+class Question(NamedTuple):
+    """What a peer was asked, and when."""
+
+    asked_ms: int
+    size_bytes: int
+
+
 @dataclass(slots=True)
 class Run:
     """A prompt that this board owns, from acceptance to its one end."""
@@ -363,6 +370,7 @@ class Run:
     drafts: list[Draft] = field(default_factory=list)  # of this layer
     records: list[ProposalRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    questions: dict[BoardId, Question] = field(default_factory=dict)  # of this layer
     notes: list[str] = field(default_factory=list)
     room: Room = Room(0)
     told: str = ""  # what the client has been given of the answer
@@ -397,6 +405,7 @@ class Run:
         self.previous, self.drafts = self.drafts or self.previous, []
         self.pending, self.asked = set(boards), set(boards)
         self.heard.clear()
+        self.questions.clear()
         self.reading = None
 
     def ask_also(self, board: BoardId) -> None:

@@ -68,6 +68,7 @@ from edgemoa.core.moa import (
     MOST_BYTES_PER_TOKEN,
     Draft,
     Give,
+    Question,
     Room,
     Run,
     State,
@@ -690,6 +691,7 @@ class Node:
             run.heard[peer] = Hearing(self._most_proposal_bytes(run))
         # Once it is shown, nobody else can write it; until then, this board says when it is late.
         until_ms = run.deadline_ms if is_answer and stream else run.layer_deadline_ms
+        run.questions[peer] = Question(now_ms, size_bytes(messages))
         report = self.members.peers[peer].report
         if report is not None:
             sequence, jobs = self._unreported.get(peer, (-1, 0))
@@ -725,6 +727,8 @@ class Node:
     def _proposal_arrived(self, sender: BoardId, proposal: Proposal, now_ms: int) -> None:
         run = self.runs.get(proposal.request_id)
         if run is not None and run.waits_for(sender, proposal.layer):
+            question = run.questions[sender]
+            spent_ms = proposal.queue_ms + proposal.work_ms  # the peer's word
             self._take(
                 run,
                 Draft.of(
@@ -747,6 +751,10 @@ class Node:
                     cached_tokens=min(proposal.cached_tokens, proposal.prompt_tokens),
                     prefill_ms=min(proposal.prefill_ms, proposal.work_ms),
                     model_ms=proposal.model_ms,
+                    asked_at_ms=question.asked_ms - run.accepted_ms,
+                    network_ms=max(now_ms - question.asked_ms - spent_ms, 0),
+                    sent_bytes=question.size_bytes,
+                    received_bytes=len(proposal.text.encode()),
                 ),
                 now_ms,
             )
@@ -1190,6 +1198,7 @@ class Node:
                     cached_tokens=done.cached_tokens,
                     prefill_ms=done.prefill_ms,
                     model_ms=done.model_ms,
+                    asked_at_ms=work.arrived_ms - run.accepted_ms,
                 ),
                 now_ms,
             )

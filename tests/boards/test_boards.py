@@ -154,6 +154,16 @@ def test_the_command_line_uses_the_socket(boards: list[LocalBoard]) -> None:
     traced = run("ask", "Say hello.", "--trace", "--max-tokens", "8", *at)
     assert "board-2" in traced.stderr
     assert "M=1, k=2" in traced.stderr
+    drawn = run("trace", report["id"], *at)
+    assert "board-2 1" in drawn.stdout
+    assert "█" in drawn.stdout
+    trace = json.loads(run("trace", report["id"], "--json", *at).stdout)["trace"]
+    peers = [each for each in trace["proposals"] if not each["own"]]
+    assert trace["text"] == ""
+    assert all(each["received_bytes"] and each["sent_bytes"] for each in peers)
+    for each in peers:
+        spent_ms = each["asked_at_ms"] + each["queue_ms"] + each["work_ms"] + each["network_ms"]
+        assert 0 < spent_ms <= trace["total_ms"]
     status = run("status", *at)
     assert "2 of 2 at hand" in status.stdout
     assert json.loads(run("status", "--json", *at).stdout)["ready"]
