@@ -84,6 +84,7 @@ def lines(status: dict[str, Any]) -> list[str]:
         f"{status['peer_jobs']} of {status['peer_jobs_cap']} peers' jobs",
     ]
     told += [f"         {whose}: {show.cap(cap)}" for whose, cap in status["caps"].items()]
+    told += _hardware(status["hardware"])
     told += [
         f"average  {show.seconds(milliseconds)} of the model's time for a {kind}"
         for kind, milliseconds in status["service_ms"].items()
@@ -101,3 +102,14 @@ def lines(status: dict[str, Any]) -> list[str]:
         for peer in peers
     ]
     return told
+
+
+def _hardware(sensors: dict[str, Any]) -> list[str]:
+    words = []
+    if sensors["temperature_c"] is not None:
+        words.append(f"{sensors['temperature_c']:.0f} °C")
+    if sensors["throttled"]:
+        words.append("slowed down by the system")
+    if sensors["under_voltage"]:
+        words.append("the supply is too weak")
+    return [f"board    {', '.join(words)}"] if words else []

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from edgemoa import hardware
 from edgemoa.api.doors import Door, Keys, open_door
 from edgemoa.api.server import Api
 from edgemoa.api.service import Card, Lender, PeerModels, Vector
@@ -74,6 +75,7 @@ PEER_MODELS_S: Final = 8.0  # for a paired board to say what it lends
 ASKED_AT_A_TIME: Final = 16
 LAG_PROBE_S: Final = 0.05
 LEARNED_KEPT_EVERY_S: Final = 1_800.0  # a storage card wears out
+HARDWARE_EVERY_S: Final = 10.0
 MOST_QUEUE_BYTES: Final = 64 * limits.MIB
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's mallopt
 _LARGE_BYTES: Final = 128 * limits.KIB  # of a piece of memory
@@ -98,6 +100,7 @@ class Daemon:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._lag_ms_max = 0.0
+        self._condition = hardware.Condition(None, None, None)
         self._probing = False
         self._board: tuning.Board
         self._card: Card
@@ -211,6 +214,8 @@ class Daemon:
         stack.push_async_callback(self._remember, store)
         keeping = asyncio.create_task(self._keep_learning(store))
         stack.callback(keeping.cancel)
+        watching = asyncio.create_task(self._watch_hardware())
+        stack.callback(watching.cancel)
         self._tell(self._node.tick)
         if self._stop_at_eof:
             await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
@@ -250,6 +255,19 @@ class Daemon:
             await asyncio.sleep(LEARNED_KEPT_EVERY_S)
             _trim_memory()
             await self._remember(store)
+
+    async def _watch_hardware(self) -> None:
+        """Know how the machine is; the log has when it began to be slowed down, and when not any
+        more."""
+        while True:
+            was, now = self._condition, await asyncio.to_thread(hardware.condition)
+            self._condition = now
+            if bool(now.throttled) != bool(was.throttled):
+                told = (
+                    "the system holds the processor back" if now.throttled else "full speed again"
+                )
+                log.warning(told, extra=msgspec.structs.asdict(now))
+            await asyncio.sleep(HARDWARE_EVERY_S)
 
     async def _remember(self, store: Store) -> None:
         learned = self._node.learned()
@@ -362,13 +380,22 @@ class Daemon:
 
     def on_done(self, job_id: int, result: WorkDone) -> None:
         """A job is finished."""
-        log.debug("job done", extra={"tokens": result.tokens, "work_ms": result.work_ms})
+        told = {"tokens": result.tokens, "work_ms": result.work_ms}
+        log.debug("job done", extra=self._job(job_id) | told)
         self._tell(lambda now: self._node.finished(job_id, result, now))
 
     def on_failed(self, job_id: int, failure: WorkFailed) -> None:
         """A job could not be done."""
-        log.warning("job failed", extra={"reason": failure.reason})
+        log.warning("job failed", extra=self._job(job_id) | {"reason": failure.reason})
         self._tell(lambda now: self._node.failed(job_id, failure, now))
+
+    def _job(self, job_id: int) -> dict[str, Any]:
+        """What the log calls it: the prompt's name is the same on all boards that work on it."""
+        work = self._node.queue.running.get(job_id)
+        if work is None:
+            return {}
+        whose = {} if work.own else {"asked_by": work.source}
+        return {"request_id": work.request_id, "kind": work.job.kind, **whose}
 
     def on_rates(self, rates: Rates) -> None:
         """How fast the model is here."""
@@ -467,6 +494,7 @@ class Daemon:
         status["port"] = self._network.port
         status["lent_bytes"] = self._network.lent_bytes
         status["loop_lag_ms_max"] = round(self._lag_ms_max, 1)
+        status["hardware"] = msgspec.to_builtins(self._condition)
         return status
 
     def devices(self) -> list[DeviceState]:

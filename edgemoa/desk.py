@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -280,13 +280,15 @@ class Desk:
             elif isinstance(end, Failed) and end.code == "cancelled":
                 await self._journal.forget(request_id)
             elif isinstance(end, Failed) and end.code == _SHUT_DOWN and feed.keeps:
-                log.info("a prompt waits for the next start")
+                log.info("a prompt waits for the next start", extra={"request_id": request_id})
             else:
                 outcome = Outcome(feed.prompt.model, feed.prompt.created, end)
                 await self._journal.finish(request_id, _encoder.encode(outcome))
         except EdgemoaError as error:
-            log.error("a prompt's end cannot be noted: %s", error)  # noqa: TRY400
+            text = "a prompt's end cannot be noted"
+            log.error(text, extra={"request_id": request_id, "reason": str(error)})  # noqa: TRY400
         finally:
+            _log_end(request_id, end, accepted=feed.durable)
             self._feeds.pop(request_id, None)
             if feed.key is not None and self._keys.get(feed.key) == request_id:
                 del self._keys[feed.key]
@@ -396,6 +398,25 @@ class _Mailbox:
             yield event
             if isinstance(event, Answered | Failed):
                 return
+
+
+def _log_end(request_id: str, end: Answered | Failed, *, accepted: bool) -> None:
+    """One line a prompt: where its client complains, the log can be asked about it."""
+    fields: dict[str, Any] = {"request_id": request_id}
+    if isinstance(end, Answered):
+        fields |= {
+            "layers": end.granted.layers,
+            "proposers": end.granted.proposers,
+            "left_out": len(end.left_out),
+            "tokens": end.tokens,
+            "total_ms": end.total_ms,
+            "finish": end.finish,
+        }
+        log.info("answered", extra=fields)
+    elif not accepted or end.code == "cancelled":  # the client was told, and may ask on and on
+        log.debug("cancelled" if accepted else "not accepted", extra=fields | {"code": end.code})
+    else:
+        log.warning("not answered", extra=fields | {"code": end.code, "reason": end.reason})
 
 
 def _append(events: deque[RequestEvent], event: RequestEvent) -> None:

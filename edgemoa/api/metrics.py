@@ -26,6 +26,11 @@ _COUNTERS: Final = {
     "proposers_left_out": "Proposers that a layer went on without",
     "engine_losses": "Times that the model process was lost",
 }
+_SENSORS: Final = (
+    ("temperature_c", "temperature_celsius", "Of the hottest processor zone"),
+    ("throttled", "throttled", "Whether the system holds the processor back"),
+    ("under_voltage", "under_voltage", "Whether the supply is too weak"),
+)
 _PRESENCES: Final = ("unheard", "alive", "suspect", "gone")
 
 
@@ -123,6 +128,10 @@ def _metrics(status: dict[str, Any]) -> Iterator[Metric]:
     yield gauge(
         "backlog", "Prompts from before a restart, not taken up yet", status.get("backlog", 0)
     )
+    hardware = status["hardware"]
+    for key, name, text in _SENSORS:
+        if hardware[key] is not None:
+            yield gauge(name, text, float(hardware[key]))
     states = dict.fromkeys(_PRESENCES, 0.0)
     for peer in status["peers"]:
         states[peer["presence"]] = states.get(peer["presence"], 0.0) + 1

@@ -33,6 +33,7 @@ from edgemoa.errors import (
     ConflictError,
     DeadlineError,
     DiskFullError,
+    EdgemoaError,
     EngineError,
     InvalidPromptError,
     ModelInvalidError,

@@ -78,6 +78,14 @@ class EngineStatus(TypedDict):
     note: str
 
 
+class HardwareStatus(TypedDict):
+    """What the machine's sensors say; None for what it does not tell."""
+
+    temperature_c: float | None
+    throttled: bool | None
+    under_voltage: bool | None
+
+
 class Status(NodeStatus, kw_only=True, frozen=True):
     """The state of a board."""
 
@@ -87,6 +95,7 @@ class Status(NodeStatus, kw_only=True, frozen=True):
     port: int
     lent_bytes: int
     loop_lag_ms_max: float
+    hardware: HardwareStatus
 
 
 class LentModel(TypedDict):

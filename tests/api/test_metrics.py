@@ -19,6 +19,7 @@ STATUS = {
     ],
     "counters": dict.fromkeys(metrics._COUNTERS, 8),
     "engine": {"restarts": 1}, "lent_bytes": 10, "loop_lag_ms_max": 3.0, "backlog": 4,
+    "hardware": {"temperature_c": 61.5, "throttled": False, "under_voltage": None},
 }  # fmt: skip
 
 
@@ -37,6 +38,9 @@ def test_prometheus_reads_it() -> None:
     assert values["edgemoa_expected_wait_seconds",] == 1.5
     assert values["edgemoa_service_seconds", ("kind", "proposal")] == 0.2
     assert values["edgemoa_refused_total",] == 8
+    assert values["edgemoa_temperature_celsius",] == 61.5
+    assert values["edgemoa_throttled",] == 0
+    assert ("edgemoa_under_voltage",) not in values, "not told"
     assert values["edgemoa_peers", ("presence", "gone")] == 1
     assert values["edgemoa_peers", ("presence", "suspect")] == 0
     room = ("edgemoa_headroom_prompts_per_second", ("layers", "1"), ("proposers", "2"))

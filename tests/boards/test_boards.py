@@ -133,6 +133,9 @@ def test_nothing_of_prompt_or_answer_is_logged(boards: list[LocalBoard]) -> None
     answered = ask(boards[0], f"Repeat this word: {CANARY}")
     secrets = [CANARY, answered["text"][:30]]
     until(lambda: all(b.client.get("/v1/status")["running"] == 0 for b in boards))
+    logged = [json.loads(line) for line in boards[0].log.read_text().splitlines()]
+    of_this = [line for line in logged if line.get("request_id") == answered["id"]]
+    assert [line["proposers"] for line in of_this if line["event"] == "answered"] == [2]
     for board in boards:
         shown = board.log.read_text() + json.dumps(board.client.get("/v1/status"))
         assert all(secret not in shown for secret in secrets)
