@@ -294,5 +294,6 @@ def _print(finding: Finding) -> None:
         level = f"\x1b[{_COLOURS[finding.level]}m{level}\x1b[0m"
     print(f"{level}  {finding.what:<11}  {show.harmless(finding.told)}", flush=True)
     if finding.todo:
-        for line in textwrap.wrap(f"-> {finding.todo}", 80, break_long_words=False):
+        todo = f"-> {finding.todo}"
+        for line in textwrap.wrap(todo, 80, break_long_words=False, break_on_hyphens=False):
             print(f"{'':19}{show.harmless(line)}", flush=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from edgemoa.models.library import ModelLibrary, default_model_dir
 from edgemoa.models.pull import ensure
+
+# Where the tests run in a shell's background, Ctrl-C is ignored, by all that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODEL = "smollm2-135m-instruct"
 

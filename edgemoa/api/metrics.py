@@ -25,6 +25,9 @@ _COUNTERS: Final = {
     "proposals_declined": "Peers' jobs that were declined",
     "proposers_left_out": "Proposers that a layer went on without",
     "engine_losses": "Times that the model process was lost",
+    "tokens_read": "Tokens of prompts that the model read",
+    "tokens_cached": "Tokens of prompts that it had read before",
+    "tokens_written": "Tokens that the model wrote",
 }
 _SENSORS: Final = (
     ("temperature_c", "temperature_celsius", "Of the hottest processor zone"),

@@ -143,6 +143,9 @@ class Counters:
     proposals_declined: int = 0
     proposers_left_out: int = 0
     engine_losses: int = 0
+    tokens_read: int = 0  # of finished jobs' prompts, without what was cached
+    tokens_cached: int = 0  # that need not be read
+    tokens_written: int = 0
 
 
 class Node:
@@ -419,6 +422,9 @@ class Node:
         work = self.queue.end(job_id)
         if work is not None:
             self.queue.times.observe(work.job.kind, done)
+            self.counters.tokens_read += done.prompt_tokens - done.cached_tokens
+            self.counters.tokens_cached += done.cached_tokens
+            self.counters.tokens_written += done.tokens
             self._work_finished(work, done, now_ms)
         return self._settle(now_ms)
 

@@ -55,7 +55,7 @@ def test_invariants_hold_in_both_modes_of_reports(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("pick", ["uniform", "shortest"])
 def test_a_table_of_reports_is_as_good_as_messages(pick: str) -> None:
-    calm = Scenario(boards=10, seconds=4_000, warm_up_s=200, prompts_per_s=0.08,
+    calm = Scenario(boards=10, seconds=2_500, warm_up_s=200, prompts_per_s=0.08,
                     service_s=(1.0, 1.0, 1.5), node={"pick": pick, "ladder": False},
                     own_requests=FREE, peer_jobs=FREE)  # fmt: skip
     listing = replace(calm, reports="table")
@@ -66,8 +66,10 @@ def test_a_table_of_reports_is_as_good_as_messages(pick: str) -> None:
         return sum(float(getattr(each, figure)) for each in outcomes)
 
     assert total(listed, "events") < 0.5 * total(beating, "events")
-    for figure, off in (("asked", 0.05), ("utilisation", 0.04)):
-        assert total(listed, figure) == pytest.approx(total(beating, figure), rel=off)
+    asked = [total(runs, "asked") for runs in (listed, beating)]
+    assert asked[0] == pytest.approx(asked[1], rel=0.07)  # by chance
+    work = [total(runs, "utilisation") for runs in (listed, beating)]
+    assert work[0] / asked[0] == pytest.approx(work[1] / asked[1], rel=0.04)
     for percent in (50, 95):
         by_table, by_messages = (
             statistics.quantiles([ms for each in runs for ms in each.latency_ms], n=100)[
