@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from edgemoa.api import catalog, doors, metrics, ollama, openai
 from edgemoa.api.answers import encode, json_response
@@ -38,6 +39,7 @@ from edgemoa.errors import (
     EdgemoaError,
     NetworkError,
     NotFoundError,
+    OverloadedError,
     PeerError,
     StateError,
     UserError,
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S: Final = 2.0
 READ_AHEAD_BYTES: Final = 16 * limits.KIB  # of a connection, before anybody asked for them
 COPY_S: Final = 10.0  # for a client to take a piece of a copied file, of 64 KiB
+REFUSED_S: Final = 0.5  # for one connection too many to ask for something
 SILENT_S: Final = 20.0  # for a connection to ask for something
 TCP_BACKLOG: Final = 128
 _OPEN: Final = frozenset({"/", "/healthz", "/readyz"})  # tell nothing, and need no key
@@ -99,8 +102,11 @@ class Api:
         """
         app = web.Application(middlewares=[self._guard], client_max_size=limits.MAX_BODY_BYTES)
         app.router.add_routes([route.served() for route in self.routes()])
+        http_log = logging.getLogger("aiohttp.server")
+        http_log.addFilter(_IS_OURS)
         self._runner = web.AppRunner(
             app,
+            logger=http_log,
             access_log=None,
             handler_cancellation=True,  # a client that goes away frees what works for it
             shutdown_timeout=STOP_GRACE_S,
@@ -410,12 +416,40 @@ class Api:
 
 
 class _Refused(asyncio.Protocol):
-    """What a connection gets that is one too many."""
+    """What a connection gets that is one too many, whatever it asks for: why, and little time."""
+
+    _transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Closed at once."""
+        """Told at once."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
-        transport.abort()
+        error = OverloadedError(
+            "too many connections", hint="close some, or try again", retry_after_s=1
+        )
+        body = encode(openai.error_json(error))
+        head = (
+            f"HTTP/1.1 {error.http_status} Too Many Requests\r\nContent-Type: {JSON}\r\n"
+            f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+        )
+        transport.write(head.encode() + body)
+        self._transport = transport
+        asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Closed once it has asked: before, it could not hear the answer for its own talking."""
+        self._transport.close()
+
+
+class _IsOurs(logging.Filter):
+    """Anybody may send what is not HTTP, as often as they like; that is for them to hear."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it says something of this program."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_IS_OURS: Final = _IsOurs()
 
 
 def _peer_model(http: web.Request) -> tuple[BoardId, str]:

@@ -642,10 +642,29 @@ def test_connections_are_bounded_and_the_board_lives(
             sock = held.enter_context(socket.socket(socket.AF_UNIX))
             sock.connect(os.fspath(path))
         time.sleep(0.1)
-        with pytest.raises(DaemonUnreachableError):
+        with pytest.raises(OverloadedError, match="too many connections") as told:
             Client(path).get("/v1/status")
+        assert told.value.retry_after_s == 1
     time.sleep(0.1)
     assert Client(path).get("/v1/status") == {"ready": True}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0\1nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: %b\r\n\r\n" % (b"a" * 20_000),
+    ],
+)
+def test_what_is_not_http_is_refused_and_fills_no_log(
+    path: Path, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(os.fspath(path))
+        sock.sendall(raw)
+        assert b" 400 " in sock.makefile("rb").readline()
+    assert not caplog.records
 
 
 def test_a_body_that_is_not_as_encoded_as_it_says(path: Path) -> None:
