@@ -15,7 +15,6 @@ import platform
 import pwd
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
@@ -294,6 +293,4 @@ def _print(finding: Finding) -> None:
         level = f"\x1b[{_COLOURS[finding.level]}m{level}\x1b[0m"
     print(f"{level}  {finding.what:<11}  {show.harmless(finding.told)}", flush=True)
     if finding.todo:
-        todo = f"-> {finding.todo}"
-        for line in textwrap.wrap(todo, 80, break_long_words=False, break_on_hyphens=False):
-            print(f"{'':19}{show.harmless(line)}", flush=True)
+        print(f"{'':19}-> {show.harmless(finding.todo)}", flush=True)
