@@ -66,6 +66,7 @@ from edgemoa.net.network import Device, Network
 from edgemoa.net.pairing import JoinSecret, parse_join_secret
 from edgemoa.shelf import LibraryShelf
 from edgemoa.store import Store
+from edgemoa.systemd import listening_socket, notify, watchdog_s
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
             notify("READY=1", "STATUS=serving")
+            self._live(watchdog_s())
             log.info("serving", extra={"socket": str(self._config.socket_path())})
             await self._stopping.wait()
             notify("STOPPING=1")
@@ -202,6 +204,7 @@ class Daemon:
             queue_bytes // 3,
             gate=self._network,
             door=await asyncio.to_thread(_door, config, name),
+            listening=listening_socket(),
         )
         await api.start()
         stack.push_async_callback(api.stop)
@@ -593,6 +596,12 @@ class Daemon:
 
     # --- how responsive it is
 
+    def _live(self, within_s: float | None) -> None:
+        """Show systemd's watchdog that the event loop turns."""
+        if within_s is not None:
+            notify("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(within_s / 2, self._live, within_s)
+
     def _probe_lag(self) -> None:
         """While the model works, watch how late the event loop gets to what is due."""
         if not self._probing:
@@ -621,18 +630,6 @@ def _is_of_zeroconf(error: object) -> bool:
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     ours = str(Path(__file__).parent)
     return any("zeroconf" in f for f in files) and not any(f.startswith(ours) for f in files)
-
-
-def notify(*lines: str) -> None:
-    """Tell systemd how this service is doing (sd_notify); nothing without systemd."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto("\n".join(lines).encode(), address.replace("@", "\0", 1))
-        except OSError as error:
-            log.warning("systemd was not reached", extra={"reason": error.strerror})
 
 
 def _bound(setting: int | Literal["auto"]) -> int | None:

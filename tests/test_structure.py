@@ -24,6 +24,7 @@ ALLOWED = {
     "show": set[str](),
     "completion": set[str](),
     "hardware": set[str](),
+    "systemd": {"errors"},
     "config": {"core", "errors"},
     "client": {"config", "errors"},
     "client_async": {"client", "errors"},

@@ -67,6 +67,7 @@ class Api:
     """The listening side. ``start`` and ``stop`` once each.
 
     :param arriving_bytes: that requests may take, all together, until they are accepted or refused.
+    :param listening: what to take connections from, if somebody else made it and keeps it.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class Api:
         *,
         gate: Gate | None = None,
         door: Door | None = None,
+        listening: socket.socket | None = None,
     ) -> None:
         self._service = service
         self._gate = gate
         self._door = door
+        self._listening = listening
         self._tcp: asyncio.Server | None = None
         self._prompts = Prompts(service, arriving_bytes)
         self._path = path
@@ -115,11 +118,14 @@ class Api:
             max_field_size=8 * limits.KIB,
         )
         await self._runner.setup()
-        listening, self._inode = await asyncio.to_thread(_listen, self._path, self._mode)
+        if self._listening is None:
+            made = await asyncio.to_thread(_listen, self._path, self._mode)
+            self._listening, self._inode = made
         loop = asyncio.get_running_loop()
-        # Of asyncio's clients, those that the backlog has no room for think that they are in.
-        self._server = await loop.create_unix_server(
-            self._protocol, sock=listening, backlog=limits.MAX_API_CONNECTIONS
+        # Of asyncio's clients, those that the backlog has no room for think that they are in. And
+        # create_unix_server would take the socket's file away in the end, whoever made it.
+        self._server = await loop.create_server(
+            self._protocol, sock=self._listening, backlog=limits.MAX_API_CONNECTIONS
         )
         if self._door is not None:
             await self._listen_tcp(self._door)
