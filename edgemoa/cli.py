@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgemoa import __version__
-from edgemoa.errors import ConfigError, EdgemoaError, InvalidPromptError, StateError, UserError
+from edgemoa import __version__, cli_settings
+from edgemoa.errors import EdgemoaError, InvalidPromptError, StateError, UserError
 
 if TYPE_CHECKING:
     from edgemoa.config import Config
     from edgemoa.models.library import ModelLibrary
 
-CONFIG_FILES = ("/etc/edgemoa/edgemoa.toml", "~/.config/edgemoa/edgemoa.toml")
 DEFAULT_PROMPT = "Why is the sky blue?"
 
 
@@ -208,7 +207,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help=f"settings (default: the first of {', '.join(CONFIG_FILES)})",
+        help=f"settings (default: the first of {', '.join(cli_settings.CONFIG_FILES)})",
     )
     parser.add_argument(
         "--set",
@@ -236,34 +235,15 @@ def _count(low: int, high: int) -> Any:
     return count
 
 
-def _load(arguments: argparse.Namespace) -> Config:
-    from edgemoa import config
+def _load(arguments: argparse.Namespace, *, to_change: bool = False) -> Config:
+    """The settings.
 
-    file = Path(arguments.config) if arguments.config else None
-    if file is None:
-        file = next((path for name in CONFIG_FILES if (path := _exists(name))), None)
-    return config.load(file, flags=arguments.settings)
-
-
-def _exists(name: str) -> Path | None:
-    """The file if it is there; one that cannot be looked at is an error, not an absence."""
-    try:
-        path = Path(name).expanduser()
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # the last: no home directory
-        return None
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {name}: {error.strerror}", hint="check its permissions"
-        ) from error
-    return path
-
-
-def _library(config: Config) -> ModelLibrary:
-    from edgemoa.models.library import ModelLibrary, default_model_dir
-
-    configured = config.board.models_dir
-    return ModelLibrary(Path(configured).expanduser() if configured else default_model_dir())
+    :param to_change: whether the command changes what the board keeps.
+    """
+    config = cli_settings.load(arguments.config, arguments.settings)
+    if to_change:
+        cli_settings.as_owner(config.state_dir())
+    return config
 
 
 def _with_model(config: Config, library: ModelLibrary) -> Config:
@@ -284,7 +264,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from edgemoa.demo import demo
 
     config = _load(arguments)
-    library = _library(config)
+    library = cli_settings.library(config)
     config = _with_model(config, library)
     terminal = show.Terminal(out=sys.stderr if arguments.json else None)
     answered = demo(
@@ -314,12 +294,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     ):
         if flag is not None:
             arguments.settings.append(f"{setting}={flag}")
-    config = _load(arguments)
+    config = _load(arguments, to_change=True)
     log.set_up(config.log.level, config.log.format)
 
     from edgemoa.daemon import serve
 
-    library = _library(config)
+    library = cli_settings.library(config)
     return serve(_with_model(config, library), library, stop_at_eof=arguments.stop_at_eof)
 
 
@@ -417,7 +397,7 @@ def _join(arguments: argparse.Namespace) -> int:
 def _rotate_key(arguments: argparse.Namespace) -> int:
     from edgemoa import cli_devices
 
-    return cli_devices.rotate_key(_load(arguments), as_json=arguments.json)
+    return cli_devices.rotate_key(_load(arguments, to_change=True), as_json=arguments.json)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -425,8 +405,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.model:
         arguments.settings.append(f"model.name={arguments.model}")
-    config = _load(arguments)
-    library = _library(config)
+    config = _load(arguments, to_change=True)
+    library = cli_settings.library(config)
     return cli_bench.run(arguments, _with_model(config, library), library)
 
 
@@ -439,7 +419,7 @@ def _join_secret(arguments: argparse.Namespace) -> int:
 def _api_key(arguments: argparse.Namespace) -> int:
     from edgemoa.api.doors import Keys
 
-    keys, name = Keys(_load(arguments).state_dir()), arguments.name
+    keys, name = Keys(_load(arguments, to_change=True).state_dir()), arguments.name
     told: dict[str, Any] = {"name": name}
     if arguments.action == "list":
         told = {"names": keys.names()}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from edgemoa import __version__, hardware, show
+from edgemoa import __version__, cli_settings, hardware, show
 from edgemoa.errors import EdgemoaError
 
 if TYPE_CHECKING:
@@ -164,10 +164,8 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 def _models(config: Config) -> Iterator[Finding]:
     from edgemoa.models.catalog import default_model
-    from edgemoa.models.library import ModelLibrary, default_model_dir
 
-    configured = config.board.models_dir
-    library = ModelLibrary(Path(configured).expanduser() if configured else default_model_dir())
+    library = cli_settings.library(config)
     name = config.model.name or default_model(library)
     try:
         library.find(name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgemoa import cli_settings
 from edgemoa.errors import (
     EdgemoaError,
     HashMismatchError,
@@ -25,7 +26,6 @@ from edgemoa.models.library import (
     Manifest,
     ModelLibrary,
     check_regular,
-    default_model_dir,
     read_manifest,
 )
 from edgemoa.models.progress import ConsoleProgress, printable
@@ -92,15 +92,17 @@ def add_parser(subparsers: Subparsers) -> None:
             "--models",
             type=Path,
             metavar="DIR",
-            help="the folder of models (default: $EDGEMOA_MODELS, or edgemoa/models in "
-            "$XDG_DATA_HOME or ~/.local/share)",
+            help="the folder of models (default: that of the board's settings; else "
+            "$EDGEMOA_MODELS, or edgemoa/models in $XDG_DATA_HOME or ~/.local/share)",
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(func=func)
         return command
 
     command = add("pull", _pull, "fetch a model and import it", PULL)
-    command.add_argument("name", metavar="REF")
+    command.add_argument(
+        "name", metavar="REF", nargs="?", default="", help="default: what this board is to run"
+    )
     command.add_argument(
         "--name", dest="called", metavar="NAME", help="what it is called here (default: its file)"
     )
@@ -166,8 +168,13 @@ def add_parser(subparsers: Subparsers) -> None:
     command.add_argument("--tokens", type=int, metavar="N", help="stop after so many tokens")
 
 
-def _library(args: argparse.Namespace) -> ModelLibrary:
-    return ModelLibrary(args.models or default_model_dir())
+def _library(args: argparse.Namespace, *, to_change: bool = False) -> ModelLibrary:
+    library = (
+        ModelLibrary(args.models) if args.models else cli_settings.library(cli_settings.load())
+    )
+    if to_change:
+        cli_settings.as_owner(library.root)
+    return library
 
 
 def _pull(args: argparse.Namespace) -> int:
@@ -177,10 +184,16 @@ def _pull(args: argparse.Namespace) -> int:
         return pull_from_peer(args)
     from edgemoa.models.pull import pull
 
+    library = _library(args, to_change=True)
+    name = args.name
+    if not name:
+        name = cli_settings.load().model.name or default_model(library)
+        if name in library.models():
+            return _placed(args, library.find(name))
     with closing(ConsoleProgress()) as progress:
         folder = pull(
-            args.name,
-            _library(args),
+            name,
+            library,
             progress,
             name=args.called,
             from_dir=args.from_dir,
@@ -196,6 +209,7 @@ def _import(args: argparse.Namespace) -> int:
     check_regular(args.file)
     folder = args.file.is_dir()
     name = args.name or model_name(args.file.resolve().name if folder else args.file.stem)
+    library = _library(args, to_change=True)
     with closing(ConsoleProgress()) as progress:
         if folder:
             from edgemoa.models.ready import REQUIRED, import_folder
@@ -208,11 +222,11 @@ def _import(args: argparse.Namespace) -> int:
                     f"weights, {' and '.join(REQUIRED)}; a GGUF file is imported by its own name: "
                     "edgemoa model import FILE.gguf",
                 )
-            placed = import_folder(args.file, _library(args), name, progress)
+            placed = import_folder(args.file, library, name, progress)
         else:
             from edgemoa.models.importer import import_gguf
 
-            placed = import_gguf(args.file, _library(args), name, progress)
+            placed = import_gguf(args.file, library, name, progress)
     return _placed(args, placed)
 
 
@@ -496,7 +510,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    library = _library(args)
+    library = _library(args, to_change=True)
     before = default_model(library)
     with closing(ConsoleProgress()) as progress:
         library.remove(args.name, progress)
@@ -522,7 +536,7 @@ def _the_default(library: ModelLibrary, name: str, now: str = "") -> str:
 
 
 def _set_default(args: argparse.Namespace) -> int:
-    _library(args).set_default(args.name)
+    _library(args, to_change=True).set_default(args.name)
     if args.json:
         print(json.dumps({"default": args.name}))
     else:

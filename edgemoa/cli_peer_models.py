@@ -21,6 +21,7 @@ from typing import Final
 
 import msgspec
 
+from edgemoa import cli_settings
 from edgemoa.client import Client
 from edgemoa.errors import (
     BoardError,
@@ -160,6 +161,7 @@ def copy_model(
     check_name(name)
     there = peer_models(client)
     library = ModelLibrary(root or Path(there.models_dir))
+    cli_settings.as_owner(library.root)
     model, boards = choose(name, board, there.boards)
     here = library.root / name
     if (here / MANIFEST).is_file():

@@ -42,7 +42,8 @@ ALLOWED = {
 }
 JOINS = {
     "daemon", "demo", "cli", "cli_model", "cli_bench", "cli_sim", "cli_plan", "cli_peer_models",
-    "cli_chat", "cli_devices", "cli_status", "cli_doctor", "__main__",
+    "cli_chat", "cli_devices", "cli_status", "cli_doctor", "cli_settings",
+    "__main__",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "socket", "ssl", "threading", "time", "os", "logging", "subprocess", "select",
