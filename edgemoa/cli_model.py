@@ -181,6 +181,10 @@ def _pull(args: argparse.Namespace) -> int:
     if args.from_peer is not None:
         from edgemoa.cli_peer_models import pull_from_peer
 
+        if not args.name:
+            raise UserError(
+                "which model?", hint="edgemoa model list --remote shows what boards have"
+            )
         return pull_from_peer(args)
     from edgemoa.models.pull import pull
 

@@ -38,7 +38,7 @@ PACKAGING: Final = ROOT / "packaging"
 PREFIX: Final = Path("opt/edgemoa")
 # What a board never opens: tests, headers, and stubs for type checkers.
 UNUSED: Final = ("**/tests", "**/test", "**/include", "onnx/backend/test", "onnx/**/*.proto",
-                 "**/*.pyi", "**/*.h", "**/*.pxd", "**/*.pyx", "**/*.c", "bin", "**/*.lib")  # fmt: skip
+                 "**/*.pyi", "**/*.h", "**/*.pxd", "**/*.pyx", "**/*.c", "bin")  # fmt: skip
 MAX_DEB_MB: Final = 120
 MAX_INSTALLED_MB: Final = 350
 
@@ -94,8 +94,8 @@ def main() -> int:
     try:
         for suite in arguments.suite or PYTHONS:
             root = debian(suite, arguments.mirror)
-            for arch in arguments.arch or MACHINES:
-                built.append(build(Target(suite, arch), root, arguments.out))
+            archs = arguments.arch or MACHINES
+            built += [build(Target(suite, arch), root, arguments.out) for arch in archs]
     except BuildError as error:
         print(f"build-deb: {error}", file=sys.stderr)
         return 1
@@ -177,6 +177,8 @@ def environment(target: Target, root: Path, work: Path, prefix: Path) -> None:
     # Checked by nobody at run time, as the files under /opt change only with the package.
     chroot(root, "python3", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode",
            "unchecked-hash", "-s", packages, "-p", f"/{PREFIX}/{site}", packages)  # fmt: skip
+    for path in (work / "packages").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # each as its author's machine had it
     (prefix / "bin").mkdir(parents=True)
     (prefix / site).parent.mkdir(parents=True)
     shutil.move(work / "packages", prefix / site)
@@ -195,10 +197,8 @@ def environment(target: Target, root: Path, work: Path, prefix: Path) -> None:
 def files(target: Target, tree: Path) -> None:
     """What is not Python: units, settings, the manual page, completion."""
     parser = _parser()
-    put(
-        tree / "usr/lib/systemd/system/edgemoa.service", (PACKAGING / "edgemoa.service").read_text()
-    )
-    put(tree / "usr/lib/systemd/system/edgemoa.socket", (PACKAGING / "edgemoa.socket").read_text())
+    for unit in ("edgemoa.service", "edgemoa.socket"):
+        put(tree / "usr/lib/systemd/system" / unit, (PACKAGING / unit).read_text())
     put(tree / "usr/lib/sysusers.d/edgemoa.conf", (PACKAGING / "edgemoa.sysusers").read_text())
     put(tree / "etc/edgemoa/edgemoa.toml", (PACKAGING / "debian/edgemoa.toml").read_text())
     completions = {
@@ -209,6 +209,8 @@ def files(target: Target, tree: Path) -> None:
     for shell, path in completions.items():
         put(tree / path, completion.script(parser, shell))
     docs = tree / "usr/share/doc/edgemoa"
+    overrides = tree / "usr/share/lintian/overrides/edgemoa"
+    put(overrides, (PACKAGING / "debian/lintian-overrides").read_text())
     put(docs / "copyright", (PACKAGING / "debian/copyright").read_text())
     put(docs / "edgemoa.toml", reference())
     for name in ("alerts.yml", "grafana-dashboard.json", "README.md"):
@@ -226,7 +228,7 @@ def changelog(target: Target) -> str:
     date = output("git", "-C", ROOT, "log", "-1", "--format=%cD")
     return (
         f"edgemoa ({target.version}) {target.suite}; urgency=medium\n\n"
-        f"  * See NEWS.gz.\n\n -- edgemoa developers <edgemoa@localhost>  {date}\n"
+        f"  * See NEWS.gz.\n\n -- edgemoa developers <edgemoa@users.noreply.github.com>  {date}\n"
     )
 
 
