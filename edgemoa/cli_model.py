@@ -182,7 +182,7 @@ def _pull(args: argparse.Namespace) -> int:
         from edgemoa.cli_peer_models import pull_from_peer
 
         if not args.name:
-            raise UserError(
+            raise UserError("which model?", hint="see edgemoa model list --remote")
                 "which model?", hint="edgemoa model list --remote shows what boards have"
             )
         return pull_from_peer(args)
