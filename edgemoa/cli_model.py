@@ -183,8 +183,6 @@ def _pull(args: argparse.Namespace) -> int:
 
         if not args.name:
             raise UserError("which model?", hint="see edgemoa model list --remote")
-                "which model?", hint="edgemoa model list --remote shows what boards have"
-            )
         return pull_from_peer(args)
     from edgemoa.models.pull import pull
 
