@@ -146,7 +146,7 @@ def _disk(config: Config) -> Iterator[Finding]:
         told = f"{folder}, of {owner}, mode {mode:o}"
         if mode & 0o077:
             yield Finding("state", "fail", f"{told}: others can read it", f"chmod 700 {folder}")
-        elif about.st_uid != os.geteuid():
+        elif os.geteuid() not in (about.st_uid, 0):
             todo = f"start the daemon as {owner}, or chown it, if another user is to run it"
             yield Finding("state", "warn", f"{told}, and you are {_user(os.geteuid())}", todo)
         else:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -111,15 +112,23 @@ def main() -> int:
     return 1 if arguments.check and short else 0
 
 
-def debian(suite: str, mirror: str) -> Path:
-    """A small Debian with Python, from the cache or made now."""
+def debian(
+    suite: str,
+    mirror: str,
+    name: str = "build",
+    packages: Sequence[str] = ("python3", "python3-venv", "ca-certificates"),
+) -> Path:
+    """A small Debian with these packages, from the cache or made now.
+
+    :param name: tells it from others of the release.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemoa" / "roots"
-    root = cache / suite
+    root = cache / f"{suite}-{name}"
     if not (root / "ready").exists():
         say(f"making a Debian {suite} (once)")
         shutil.rmtree(root, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
-        include = "--include=python3,python3-venv,ca-certificates"
+        include = f"--include={','.join(packages)}"
         run("debootstrap", "--variant=minbase", include, suite, root, *([mirror] if mirror else []))
         (root / "ready").touch()
     # Its pip reaches what this machine's pip reaches.
