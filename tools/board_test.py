@@ -36,9 +36,14 @@ NEEDS: Final = ("systemd", "systemd-sysv", "dbus", "python3", "iproute2", "libst
 ASK: Final = 'edgemoa ask --max-tokens 12 --json "Why is the sky blue?"'
 # What a purge leaves, by Debian's policy or because it is not the package's: logs, dpkg's and
 # systemd's own books, and the system user.
-LEFT: Final = ("/var/log/", "/var/lib/dpkg/", "/var/cache/", "/var/lib/systemd/", "/var/tmp/",
-               "/tmp/", "/etc/passwd", "/etc/group", "/etc/shadow", "/etc/gshadow", "/etc/subuid",
-               "/etc/subgid", "/etc/.pwd.lock", "/run/", "/home/", "/root/")  # fmt: skip
+LEFT: Final = tuple(
+    f"/{each}"
+    for each in (
+        *("var/log/", "var/lib/dpkg/", "var/cache/", "var/lib/systemd/", "var/tmp/", "tmp/"),
+        *("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/subuid", "etc/subgid"),
+        *("etc/.pwd.lock", "run/", "home/", "root/"),
+    )
+)
 
 
 class CaseError(Exception):
@@ -138,8 +143,9 @@ def main() -> int:
     arguments = parser.parse_args()
     missing = [tool for tool in ("systemd-nspawn", "debootstrap") if not shutil.which(tool)]
     if os.geteuid() != 0 or missing:
-        print(f"board-test: needs root{''.join(f', {tool}' for tool in missing)}\n"
-              "  next: sudo apt install systemd-container debootstrap", file=sys.stderr)  # fmt: skip
+        told_missing = "".join(f", {tool}" for tool in missing)
+        print(f"board-test: needs root{told_missing}", file=sys.stderr)
+        print("  next: sudo apt install systemd-container debootstrap", file=sys.stderr)
         return 2
     told: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="edgemoa-boards-") as place:

@@ -132,12 +132,12 @@ def debian(
         run("debootstrap", "--variant=minbase", include, suite, root, *([mirror] if mirror else []))
         (root / "ready").touch()
     # Its pip reaches what this machine's pip reaches.
-    for name in ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt", "etc/pip.conf"):
-        there = Path("/") / name
+    for path in ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt", "etc/pip.conf"):
+        there = Path("/") / path
         if there.exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).unlink(missing_ok=True)
-            shutil.copy(there, root / name)
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).unlink(missing_ok=True)
+            shutil.copy(there, root / path)
     return root
 
 
