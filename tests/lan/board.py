@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests, from wherever it is run
 
@@ -31,5 +32,5 @@ class Stand(FakeEngine):
 
 if __name__ == "__main__":
     del sys.argv[1]
-    daemon.Engine = Stand  # type: ignore[misc]
-    sys.exit(cli.main())
+    with mock.patch.object(daemon, "Engine", Stand):
+        sys.exit(cli.main())

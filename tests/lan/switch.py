@@ -19,7 +19,6 @@ import random
 import select
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -168,7 +167,7 @@ class Switch:
 
     def do_sent(self) -> dict[str, Any]:
         """What each host sent so far: bytes of packets by kind, and frames."""
-        return {p.name: {"frames": p.frames, **p.sent} for p in self._ports.values()}
+        return {p.name: {"frames": p.frames, **p.sent} for p in self._ports.values() if p.name}
 
     def do_capture(self, file: str) -> dict[str, Any]:
         """Write every frame that is sent to a file (pcap), lost ones too; "" ends it."""
@@ -214,9 +213,7 @@ def _new_host(mac: bytes, address: str) -> tuple[int, int]:
     def make() -> None:
         # A namespace belongs to a thread, and what the thread starts is in it.
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.unshare(CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "no network namespace can be made")
+            _unshare(CLONE_NEWNET)
             tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             fcntl.ioctl(tap, TUNSETIFF, struct.pack("16sH14x", b"eth0", IFF_TAP | IFF_NO_PI))
             for line in (
@@ -238,5 +235,12 @@ def _new_host(mac: bytes, address: str) -> tuple[int, int]:
     return made[0]
 
 
+def _unshare(what: int) -> None:
+    """What ``os.unshare`` does, from Python 3.12 on."""
+    if ctypes.CDLL(None, use_errno=True).unshare(what):
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
+
+
 if __name__ == "__main__":
-    sys.exit(Switch().run())
+    Switch().run()
