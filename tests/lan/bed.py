@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -74,9 +74,17 @@ class Board:
     """A daemon on a host. Its state outlives its process: it can be started again.
 
     :param argv: what starts it, without its settings.
+    :param environment: variables beside those of this process, which are for edgemoa none.
     """
 
-    def __init__(self, host: Host, place: Path, argv: Sequence[str], flags: Iterable[str]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        place: Path,
+        argv: Sequence[str],
+        flags: Iterable[str],
+        environment: Mapping[str, str],
+    ) -> None:
         place.mkdir()
         self.host = host
         self.name = host.name
@@ -92,20 +100,25 @@ class Board:
         }
         self._flags = [*(f"{key}={value}" for key, value in given.items()), *flags]
         self.client = Client(place / "api.sock", timeout_s=60)
-        self.process: subprocess.Popen[bytes]
-        self.start()
+        ours = {f"EDGEMOA_{section}_{key}".upper() for section, key, *_ in settings()}
+        self._environment = {k: v for k, v in os.environ.items() if k not in ours}
+        self._environment |= {"PYTHONPATH": str(HERE.parents[1]), **environment}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """Of the daemon, once it was started."""
+        assert self._process is not None
+        return self._process
 
     def start(self) -> None:
-        """Start it, with no settings from outside."""
-        ours = {f"EDGEMOA_{section}_{key}".upper() for section, key, *_ in settings()}
-        environment = {k: v for k, v in os.environ.items() if k not in ours}
-        environment["PYTHONPATH"] = str(HERE.parents[1])
+        """Start it, once more after it ended."""
         argv = [*self._argv, "serve", "--stop-at-eof"]
         for flag in self._flags:
             argv += ["--set", flag]
         with self.log.open("ab") as told:
-            self.process = self.host.popen(
-                argv, stdin=subprocess.PIPE, stdout=told, stderr=told, env=environment
+            self._process = self.host.popen(
+                argv, stdin=subprocess.PIPE, stdout=told, stderr=told, env=self._environment
             )
 
     def signal(self, number: signal.Signals) -> None:
@@ -137,14 +150,14 @@ class Board:
     @property
     def runs(self) -> bool:
         """Whether its process is there."""
-        return self.process.poll() is None
+        return self._process is not None and self._process.poll() is None
 
     def status(self) -> dict[str, Any]:
         """What it shows of itself; empty while it does not listen.
 
         :raises RuntimeError: it has ended by itself.
         """
-        if not self.runs and self.process.returncode != -signal.SIGKILL:
+        if not self.runs and self.process.returncode not in {0, -signal.SIGKILL}:
             raise RuntimeError(f"{self.name} ended: {cause(self.log)}")
         try:
             return self.client.get("/v1/status")
@@ -210,10 +223,11 @@ class Bed:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
-        for board in self.all:
+        running = [board for board in self.all if board.runs]
+        for board in running:
             board.stop(wait=False)
         until_s = time.monotonic() + STOP_S
-        for board in self.all:
+        for board in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 board.process.wait(max(until_s - time.monotonic(), 0))
             board.kill()
@@ -231,13 +245,21 @@ class Bed:
         return Host(name, address, [*self._enter, f"--net={file}", "--"])
 
     def board(
-        self, name: str, *flags: str, secret: bool = True, models_dir: Path | None = None
+        self,
+        name: str,
+        *flags: str,
+        secret: bool = True,
+        models_dir: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        start: bool = True,
     ) -> Board:
         """A board more, and its host.
 
         :param flags: ``section.key=value`` each.
         :param secret: whether it holds the secret by which the boards pair.
         :param models_dir: with a real engine, for ``model.name`` in there; None for a stand-in.
+        :param environment: variables for it alone.
+        :param start: whether it is on.
         """
         argv = [sys.executable, str(HERE / "board.py"), str(self._token_ms)]
         if models_dir is not None:
@@ -245,8 +267,11 @@ class Bed:
         given = [f"board.models_dir={models_dir or self.models_dir}"]
         given += [] if models_dir is not None else [f"model.name={MODEL}"]
         given += [f"net.join_secret_file={self.place / 'join-secret'}"] if secret else []
-        board = Board(self.host(name), self.place / name, argv, [*given, *flags])
+        place = self.place / name
+        board = Board(self.host(name), place, argv, [*given, *flags], environment or {})
         self.all.append(board)
+        if start:
+            board.start()
         return board
 
     def boards(self, number: int, *flags: str, **options: Any) -> list[Board]:
