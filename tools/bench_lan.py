@@ -352,7 +352,7 @@ def main() -> int:
     except (NoBedError, TimeoutError, EdgemoaError, RuntimeError) as error:
         print(f"bench-lan: {error}", file=sys.stderr)
         return 1
-    return tell(rows, given, [f"--only {name}" for name in given.only or ()])
+    return tell(rows, given, [name for name in rows_there if name not in wanted])
 
 
 if __name__ == "__main__":

@@ -284,11 +284,13 @@ class Bed:
         """What holds between any two, where nothing else was said: see :class:`lan.switch.Rule`."""
         self._tell("usual", **rule)
 
-    def rule(self, senders: Iterable[Board], to: Iterable[Board], **rule: float) -> None:
+    def rule(
+        self, senders: Iterable[Board | Host], to: Iterable[Board | Host], **rule: float
+    ) -> None:
         """What holds in that direction."""
         self._tell("rule", senders=[b.name for b in senders], to=[b.name for b in to], **rule)
 
-    def cut(self, a: Iterable[Board], b: Iterable[Board]) -> None:
+    def cut(self, a: Iterable[Board | Host], b: Iterable[Board | Host]) -> None:
         """Nothing passes between these and those."""
         a, b = list(a), list(b)
         self.rule(a, b, loss=1)
