@@ -421,7 +421,7 @@ class Network:
             if former is not None and former.certificate:
                 # Its identity is the hash of its key, so this is the key that was compared.
                 known = replace(pairing.identify(former.certificate), name=former.name)
-                await self._pair_with(known, self._hints.get(board))
+                await self._pair_with(known, self._hints.get(board), again=True)
             else:
                 await self._accept_at(board, place)
         return self._paired_device(self._peers[board])
@@ -436,7 +436,7 @@ class Network:
                 finally:
                     await connection.close()
                 if found.id == board:
-                    await self._pair_with(found, (address,))
+                    await self._pair_with(found, (address,), again=True)
                     return
         raise NetworkError(
             "no board of that identity answers",
@@ -512,12 +512,24 @@ class Network:
         if board not in self._peers and len(self._peers) >= limits.MAX_GROUP_BOARDS - 1:
             raise PairingError(f"the group is full ({limits.MAX_GROUP_BOARDS} boards)")
 
-    async def _pair_with(self, other: Candidate, addresses: tuple[Address, ...]) -> None:
-        """The board has proved itself. Done twice, it changes nothing."""
+    async def _pair_with(
+        self, other: Candidate, addresses: tuple[Address, ...], *, again: bool = False
+    ) -> None:
+        """The board has proved itself. Done twice, it changes nothing.
+
+        :param again: also if it was revoked.
+        :raises PairingError: if it was, perhaps while it proved itself; or the group is full.
+        """
         if other.id in self._trust.roster.direct and other.id in self._peers:
             return
+
+        def admit(known: roster.Roster) -> roster.Roster:
+            if not again and known.why_not(other.id) is not None:
+                raise PairingError(f"{other.name or short(other.id)} was revoked meanwhile")
+            return known.admitted(other.certificate)
+
         board = PairedBoard(other.id, other.public_key, other.certificate, other.name, addresses)
-        await self._change(lambda r: r.admitted(other.certificate), (board,))
+        await self._change(admit, (board,))
 
     async def _change(
         self, update: Update, known: Iterable[PairedBoard] = (), reason: str = ""
@@ -641,13 +653,14 @@ class Network:
                 self._tasks.spawn(self._suit(board, self._secret), f"pair {short(board)}")
 
     async def _suit(self, board: BoardId, secret: JoinSecret) -> None:
-        """Try until the board is paired or no longer heard of. Slow down while it refuses."""
+        """Try until the board is paired, revoked, or no longer heard of. Slow down while it
+        refuses."""
         timings = self._timings
         lost, refused = timings.retry_min, timings.refused_min
         try:
             if self._identity.board_id > board:  # both heard of each other; one call is enough
                 await asyncio.sleep(timings.yield_pairing * self._rng.uniform(1, 2))
-            while board not in self._peers and board in self._hints:
+            while board not in self._peers and board in self._hints and not self._why_not(board):
                 async with self._courting:
                     proved_wrong = await self._propose(board, secret)
                 if board in self._peers:

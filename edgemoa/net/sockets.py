@@ -84,8 +84,12 @@ class Sockets:
     async def accept(self) -> tuple[socket.socket, str]:
         """The next connection, and the IP address that it comes from. Raises OSError."""
         assert self._tcp is not None, "bind() comes first"  # noqa: S101
-        sock, address = await asyncio.get_running_loop().sock_accept(self._tcp)
-        return sock, address[0]
+        while True:
+            await _readable(self._tcp)
+            with contextlib.suppress(BlockingIOError):  # who was there has left
+                sock, address = self._tcp.accept()
+                sock.setblocking(False)
+                return sock, address[0]
 
     def receive(self, handle: Callable[[bytes], None]) -> None:
         """From now on, call ``handle`` with each datagram that is not longer than allowed."""
@@ -120,6 +124,18 @@ class Sockets:
         if self._tcp is not None:
             self._tcp.close()
             self._tcp = None
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Until there is something to take. The event loop's own ``sock_accept`` (Python 3.11) takes a
+    connection for a caller that was cancelled just then, loses it, and fails in the loop."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
 
 
 def _has_ipv6() -> bool:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from netbed import FAST, Bed, Board, closed, raw_link, run, small, until
+from netbed import FAST, SECRET, Bed, Board, closed, raw_link, run, small, until
 from spake2 import SPAKE2_A
 
 from edgemoa.core.envelope import board_id
@@ -309,6 +309,25 @@ def test_a_revoked_board_keeps_no_captured_record_of_use(tmp_path: Path) -> None
             assert await closed(connection)
         assert a.linked(c)
         assert not a.linked(b)
+
+    run(tmp_path, test)
+
+
+def test_a_board_that_is_revoked_while_it_pairs_stays_out(tmp_path: Path) -> None:
+    """Boards of one secret find each other again and again, and may be at it just then."""
+
+    async def test(bed: Bed) -> None:
+        a, b = await bed.pair()
+        candidate = pairing.identify(b.identity.certificate)
+        await a.network.unpair(b.id, "stolen")
+        with pytest.raises(PairingError, match="revoked meanwhile"):
+            await a.network._pair_with(candidate, ())
+        a.network._hints.put(b.id, (("127.0.0.1", b.network.port),))
+        a.network._suits[b.id] = "waiting"
+        await a.network._suit(b.id, SECRET)
+        assert b.id not in a.network._peers
+        await a.network.accept(b.id)
+        await until(lambda: a.linked(b))
 
     run(tmp_path, test)
 

@@ -1,0 +1,1 @@
+"""Whole boards on a network of their own: see :mod:`lan.bed`."""
