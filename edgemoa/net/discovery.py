@@ -10,14 +10,14 @@ import asyncio
 import importlib
 import ipaddress
 import logging
-import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from edgemoa.core import envelope, limits
 from edgemoa.core.messages import BoardId
 from edgemoa.errors import ProtocolError
-from edgemoa.net import wire
+from edgemoa.net import interfaces, wire
+from edgemoa.net.interfaces import Changes
 from edgemoa.net.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ _RESOLVE_MS: Final = 1500
 _MAX_RESOLVING: Final = 16
 _CONFLICT_S: Final = 10.0
 _RETRY_S: Final = (2.0, 60.0)
-_LATE_NETWORK_S: Final = 5.0
-_LOOPBACK: Final = "127.0.0.1"
-_GROUP: Final = "224.0.0.251"
-_CONTAINER_INTERFACES: Final = ("docker", "veth", "br-", "virbr", "lxc", "cni", "flannel")
 
 Address = tuple[str, int]
 
@@ -83,6 +79,7 @@ class Discovery:
 
     :param interfaces: addresses of the interfaces to use; all usual ones if empty.
     :param found: called with a board and its addresses; ``gone`` when it says goodbye.
+    :param moved: called when this machine has other addresses than before.
     """
 
     def __init__(
@@ -92,12 +89,15 @@ class Discovery:
         interfaces: tuple[str, ...],
         found: Callable[[BoardId, tuple[Address, ...]], None],
         gone: Callable[[BoardId], None],
+        *,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._own = own
         self._port = port
         self._interfaces = interfaces
         self._found = found
         self._gone = gone
+        self._moved = moved
         self._tasks = Tasks()
         self._resolving: set[str] = set()
         self._zeroconf: AsyncZeroconf | None = None
@@ -114,25 +114,35 @@ class Discovery:
         # Takes a moment to load, and a board with mdns = false never needs it.
         await asyncio.to_thread(importlib.import_module, "zeroconf.asyncio")
         wait_s = _RETRY_S[0]
-        while True:
-            try:
-                await self._serve()
-                wait_s = _RETRY_S[0]
-            except Exception as error:
-                log.warning(
-                    "no mDNS: boards are found by seeds and last addresses only",
-                    extra={"cause": f"{type(error).__name__}: {error}", "again_in_s": wait_s},
-                )
-            finally:
-                await self._close()
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, _RETRY_S[1])
+        changes = Changes()
+        try:
+            while True:
+                wait_s = await self._try(changes, wait_s)
+        finally:
+            changes.close()
 
-    async def _serve(self) -> None:
-        """Announce and listen until there may be better interfaces to do it on."""
+    async def _try(self, changes: Changes, wait_s: float) -> float:
+        """Returns for how long to wait after the next failure, if it is one."""
+        try:
+            await self._serve(changes)
+        except Exception as error:
+            log.warning(
+                "no mDNS: boards are found by seeds and last addresses only",
+                extra={"cause": f"{type(error).__name__}: {error}", "again_in_s": wait_s},
+            )
+        else:
+            self._moved()
+            return _RETRY_S[0]
+        finally:
+            await self._close()
+        await asyncio.sleep(wait_s)
+        return min(2 * wait_s, _RETRY_S[1])
+
+    async def _serve(self, changes: Changes) -> None:
+        """Announce and listen until there are other addresses to do it on."""
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo  # noqa: PLC0415
 
-        addresses = await asyncio.to_thread(_usable, self._interfaces)
+        addresses = await asyncio.to_thread(interfaces.usable, self._interfaces)
         self._zeroconf = _open(addresses)
         await self._zeroconf.zeroconf.async_wait_for_start()
         for listener in self._zeroconf.zeroconf.engine.protocols:
@@ -144,17 +154,15 @@ class Discovery:
             port=self._port,
             properties={"v": str(wire.MAX_VERSION)},
             server=f"{self._own}.local.",
-            parsed_addresses=addresses,
+            parsed_addresses=list(addresses),
         )
         self._browser = AsyncServiceBrowser(
             self._zeroconf.zeroconf, SERVICE, handlers=[self._changed]
         )
         await self._announce(info)
-        if self._interfaces or addresses != [_LOOPBACK]:
-            await asyncio.Event().wait()  # for ever
-        # A board that came up before its network: look again, now and then.
-        while await asyncio.to_thread(_usable, ()) == [_LOOPBACK]:  # noqa: ASYNC110 - no event tells
-            await asyncio.sleep(_LATE_NETWORK_S)
+        while await asyncio.to_thread(interfaces.usable, self._interfaces) == addresses:
+            await changes.next()
+        log.info("the network has changed")
 
     async def stop(self) -> None:
         """Say goodbye and stop."""
@@ -227,44 +235,7 @@ class Discovery:
             self._resolving.discard(board)
 
 
-def usual_addresses() -> list[str]:
-    """This machine's addresses on interfaces that other boards may be behind; 127.0.0.1 if there
-    are none, so that boards on one machine without a network still meet."""
-    import ifaddr  # noqa: PLC0415
-
-    found: list[str] = []
-    for adapter in ifaddr.get_adapters():
-        if adapter.name.startswith(_CONTAINER_INTERFACES):
-            continue
-        for ip in adapter.ips:
-            text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
-            address = ipaddress.ip_address(text)
-            if not (address.is_loopback or (address.is_link_local and address.version == 6)):
-                found.append(text)
-    return found or [_LOOPBACK]
-
-
-def _usable(interfaces: tuple[str, ...]) -> list[str]:
-    """The addresses to do mDNS on: those that were asked for, or the usual ones, as far as they
-    take part in multicast now. One that is gone must not keep the others from being used."""
-    wanted = list(interfaces) or usual_addresses()
-    usable = [address for address in wanted if _joins(address)]
-    return usable or wanted
-
-
-def _joins(address: str) -> bool:
-    if ":" in address:
-        return True
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            membership = socket.inet_aton(_GROUP) + socket.inet_aton(address)
-            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
-        except OSError:
-            return False
-    return True
-
-
-def _open(addresses: list[str]) -> AsyncZeroconf:
+def _open(addresses: Sequence[str]) -> AsyncZeroconf:
     """mDNS on these interfaces, or on those with IPv4 if IPv6 does not work.
 
     :raises OSError, RuntimeError, ValueError: if neither works.
@@ -272,7 +243,7 @@ def _open(addresses: list[str]) -> AsyncZeroconf:
     from zeroconf.asyncio import AsyncZeroconf  # noqa: PLC0415
 
     try:
-        return AsyncZeroconf(interfaces=addresses)
+        return AsyncZeroconf(interfaces=list(addresses))
     except (OSError, RuntimeError, ValueError):
         return AsyncZeroconf(interfaces=[a for a in addresses if ":" not in a])
 

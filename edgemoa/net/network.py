@@ -225,6 +225,7 @@ class Network:
                 self._settings.interfaces,
                 self._found,
                 self._gone,
+                moved=self._moved,
             )
             self._discovery.start()
         log.info(
@@ -615,6 +616,11 @@ class Network:
 
     def _gone(self, board: BoardId) -> None:
         self._hints.drop(board)
+
+    def _moved(self) -> None:
+        """This machine is somewhere else: who could not be reached may be now."""
+        for peer in self._peers.values():
+            peer.changed.set()
 
     async def _follow_seed(self, host: str, port: int) -> None:
         """Find out who is at a seed, again and again while that board is not linked."""

@@ -13,7 +13,7 @@ from netbed import SECRET, Bed, run, until
 
 from edgemoa.core import envelope
 from edgemoa.core.messages import BoardId
-from edgemoa.net import discovery
+from edgemoa.net import discovery, interfaces
 from edgemoa.net.discovery import Discovery
 
 TYPE = [b"_edgemoa", b"_tcp", b"local"]
@@ -73,8 +73,8 @@ def test_hostile_packets_stop_nothing(tmp_path: Path) -> None:
 
 
 def test_an_interface_that_is_gone_does_not_keep_the_others_from_use() -> None:
-    assert discovery._usable(("127.0.0.1", "192.0.2.1")) == ["127.0.0.1"]
-    assert discovery._usable(("192.0.2.1",)) == ["192.0.2.1"]  # and the reason is then said
+    assert interfaces.usable(("127.0.0.1", "192.0.2.1")) == ("127.0.0.1",)
+    assert interfaces.usable(("192.0.2.1",)) == ("192.0.2.1",)  # and the reason is then said
 
 
 def test_trouble_is_said_and_tried_again(
@@ -83,13 +83,13 @@ def test_trouble_is_said_and_tried_again(
     monkeypatch.setattr(discovery, "_RETRY_S", (0.05, 0.1))
     calls: list[int] = []
 
-    def usable(_: tuple[str, ...]) -> list[str]:
+    def usable(_: tuple[str, ...]) -> tuple[str, ...]:
         calls.append(1)
         if len(calls) < 3:
             raise OSError("the network is not up")
-        return ["127.0.0.1"]
+        return ("127.0.0.1",)
 
-    monkeypatch.setattr(discovery, "_usable", usable)
+    monkeypatch.setattr(interfaces, "usable", usable)
 
     async def scenario() -> None:
         own = BoardId(envelope.board_id(os.urandom(32)))
