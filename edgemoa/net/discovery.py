@@ -10,7 +10,7 @@ import asyncio
 import importlib
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from edgemoa.core import envelope, limits
@@ -21,7 +21,11 @@ from edgemoa.net.interfaces import Changes
 from edgemoa.net.tasks import Tasks
 
 if TYPE_CHECKING:
-    from zeroconf import ServiceStateChange, Zeroconf
+    from zeroconf import (
+        DNSRecord,  # type: ignore[attr-defined]
+        ServiceStateChange,
+        Zeroconf,
+    )
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,8 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "_edgemoa._tcp.local."
 _RESOLVE_MS: Final = 1500
 _MAX_RESOLVING: Final = 16
+# Of a board: pointer, service, text, and its addresses.
+_MAX_RECORDS: Final = limits.MAX_DISCOVERED * (3 + limits.MAX_ADDRESSES)
 _CONFLICT_S: Final = 10.0
 _RETRY_S: Final = (2.0, 60.0)
 
@@ -79,6 +85,7 @@ class Discovery:
 
     :param interfaces: addresses of the interfaces to use; all usual ones if empty.
     :param found: called with a board and its addresses; ``gone`` when it says goodbye.
+    :param kept: whether a board's announcements must stay, however many strangers' there are.
     :param moved: called when this machine has other addresses than before.
     """
 
@@ -91,6 +98,7 @@ class Discovery:
         gone: Callable[[BoardId], None],
         *,
         moved: Callable[[], None] = lambda: None,
+        kept: Callable[[BoardId], bool] = lambda _: False,
     ) -> None:
         self._own = own
         self._port = port
@@ -98,6 +106,7 @@ class Discovery:
         self._found = found
         self._gone = gone
         self._moved = moved
+        self._kept = kept
         self._tasks = Tasks()
         self._resolving: set[str] = set()
         self._zeroconf: AsyncZeroconf | None = None
@@ -147,7 +156,7 @@ class Discovery:
         await self._zeroconf.zeroconf.async_wait_for_start()
         for listener in self._zeroconf.zeroconf.engine.protocols:
             if listener.transport is not None:
-                listener.transport.transport.set_protocol(Sieve(listener))
+                listener.transport.transport.set_protocol(Sieve(listener, self._kept))
         info = AsyncServiceInfo(
             SERVICE,
             f"{self._own}.{SERVICE}",
@@ -249,20 +258,26 @@ def _open(addresses: Sequence[str]) -> AsyncZeroconf:
 
 
 class Sieve(asyncio.DatagramProtocol):
-    """Keeps from zeroconf what it cannot digest.
+    """Keeps from zeroconf what it cannot digest, and what is of no use to it.
 
     zeroconf (0.154) reads a label that is not UTF-8 with U+FFFD in the place of each bad byte, and
     raises when it later writes the longer name, in a timer or a reader where nobody can catch it:
-    any stranger on the network could do that. Such packets end here.
+    any stranger on the network could do that. And it keeps every record that it hears for as long
+    as that says itself. Here it hears of boards alone, and of so many records at most.
+
+    :param listener: of zeroconf, and what it keeps in ``zeroconf.cache``.
+    :param kept: whether a board's records must stay, whatever strangers announce.
     """
 
-    def __init__(self, listener: Any) -> None:
+    def __init__(self, listener: Any, kept: Callable[[BoardId], bool]) -> None:
         self._listener = listener
+        self._kept = kept
+        self._records: dict[DNSRecord, BoardId | None] = {}  # that were passed on, oldest first
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Passes on what can be read and written again."""
         try:
-            if _readable(data):
+            if self._is_of_use(data):
                 self._listener.datagram_received(data, addr)
         except Exception as error:
             log.debug("an mDNS packet was dropped", extra={"cause": type(error).__name__})
@@ -275,15 +290,50 @@ class Sieve(asyncio.DatagramProtocol):
         """Passed on."""
         self._listener.connection_lost(exc)
 
+    def _is_of_use(self, data: bytes) -> bool:
+        from zeroconf import DNSIncoming  # type: ignore[attr-defined]  # noqa: PLC0415
 
-def _readable(data: bytes) -> bool:
-    from zeroconf import DNSIncoming  # type: ignore[attr-defined]  # noqa: PLC0415
+        packet = DNSIncoming(data)
+        records = packet.answers()
+        names = [question.name for question in packet.questions]
+        for record in records:
+            names += [record.name, _target(record)]
+        if not packet.valid or "\N{REPLACEMENT CHARACTER}" in "".join(names):
+            return False
+        if packet.is_query():
+            return True  # none of that is kept
+        boards = {record: _board_of(record) for record in records}
+        return all(board is not None for board in boards.values()) and self._have_room(boards)
 
-    packet = DNSIncoming(data)
-    names = [question.name for question in packet.questions]
-    for record in packet.answers():
-        names += [record.name, getattr(record, "alias", ""), getattr(record, "server", "") or ""]
-    return packet.valid and "\N{REPLACEMENT CHARACTER}" not in "".join(names)
+    def _have_room(self, boards: Mapping[DNSRecord, BoardId | None]) -> bool:
+        """Note what is passed on; strangers' records make room for others, the oldest first."""
+        for record, board in boards.items():
+            known = self._records.pop(record, None)
+            if known is None and len(self._records) >= _MAX_RECORDS:
+                strangers = (r for r, of in self._records.items() if not (of and self._kept(of)))
+                oldest = next(strangers, None)
+                if oldest is None:
+                    return False
+                del self._records[oldest]
+                self._listener.zc.cache.async_remove_records([oldest])
+            self._records[record] = board
+        return True
+
+
+def _target(record: DNSRecord) -> str:
+    return getattr(record, "alias", "") or getattr(record, "server", "") or ""
+
+
+def _board_of(record: DNSRecord) -> BoardId | None:
+    """Whom a record is about; None if it is not about a board."""
+    about = _target(record) if record.name == SERVICE else record.name
+    for suffix in (f".{SERVICE}", ".local."):
+        if about.endswith(suffix):
+            try:
+                return envelope.check_board_id(about.removesuffix(suffix))
+            except ProtocolError:
+                return None
+    return None
 
 
 def _is_host(text: str) -> bool:

@@ -226,6 +226,7 @@ class Network:
                 self._found,
                 self._gone,
                 moved=self._moved,
+                kept=self._peers.__contains__,
             )
             self._discovery.start()
         log.info(

@@ -7,9 +7,11 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from netbed import SECRET, Bed, run, until
+from zeroconf import DNSCache, DNSIncoming  # type: ignore[attr-defined]
 
 from edgemoa.core import envelope
 from edgemoa.core.messages import BoardId
@@ -113,10 +115,42 @@ def test_the_sieve_lets_through_what_is_right() -> None:
         def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
             heard.append(data)
 
-    sieve = discovery.Sieve(Listener())
-    good = answers(record(TYPE, 12, name([b"a" * 56, *TYPE])))
+    sieve = discovery.Sieve(Listener(), lambda _: False)
+    board = envelope.board_id(os.urandom(32)).encode()
+    good = answers(record(TYPE, 12, name([board, *TYPE])))
     sieve.datagram_received(good, ("127.0.0.1", 5353))
     for packet in hostile_packets():
         sieve.datagram_received(packet, ("127.0.0.1", 5353))
     assert heard[0] == good
     assert not [data for data in heard if b"\xff" in data]
+
+
+def test_ten_thousand_made_up_boards_take_no_memory_and_push_nobody_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(discovery, "_MAX_RECORDS", 100)
+    cache = DNSCache()
+
+    class Listener(asyncio.DatagramProtocol):
+        """As zeroconf keeps what it hears."""
+
+        zc = SimpleNamespace(cache=cache)
+
+        def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+            cache.async_add_records(DNSIncoming(data).answers())
+
+    def announced() -> tuple[BoardId, bytes]:
+        board = BoardId(envelope.board_id(os.urandom(32)))
+        return board, answers(record(TYPE, 12, name([board.encode(), *TYPE])))
+
+    friend, packet = announced()
+    sieve = discovery.Sieve(Listener(), lambda board: board == friend)
+    sieve.datagram_received(packet, ("127.0.0.1", 5353))
+    for _ in range(10_000):
+        sieve.datagram_received(announced()[1], ("127.0.0.1", 5353))
+    other = [b"_printer", b"_tcp", b"local"]
+    sieve.datagram_received(answers(record(other, 12, name([b"x", *other]))), ("127.0.0.1", 5353))
+    kept = cache.entries_with_name(discovery.SERVICE)
+    assert len(kept) == 100
+    assert any(getattr(each, "alias", "").startswith(friend) for each in kept)
+    assert cache.names() == [discovery.SERVICE]
