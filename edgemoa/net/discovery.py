@@ -21,11 +21,7 @@ from edgemoa.net.interfaces import Changes
 from edgemoa.net.tasks import Tasks
 
 if TYPE_CHECKING:
-    from zeroconf import (
-        DNSRecord,  # type: ignore[attr-defined]
-        ServiceStateChange,
-        Zeroconf,
-    )
+    from zeroconf import DNSRecord, ServiceStateChange, Zeroconf  # type: ignore[attr-defined]
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 log = logging.getLogger(__name__)
