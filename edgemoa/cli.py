@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     serve = _command(commands, "serve", _serve, "run this board's daemon")
     serve.add_argument("--state-dir", help="identity and paired boards (board.state_dir)")
     serve.add_argument("--socket", help="the local API's socket (api.socket)")
+    serve.add_argument(
+        "--wait-for-model",
+        action="store_true",
+        help="where the model is not there yet, serve all else and wait for it",
+    )
     serve.add_argument("--stop-at-eof", action="store_true", help=argparse.SUPPRESS)
     _config_options(serve)
 
@@ -300,7 +305,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     from edgemoa.daemon import serve
 
     library = cli_settings.library(config)
-    return serve(_with_model(config, library), library, stop_at_eof=arguments.stop_at_eof)
+    return serve(
+        _with_model(config, library),
+        library,
+        stop_at_eof=arguments.stop_at_eof,
+        wait_for_model=arguments.wait_for_model,
+    )
 
 
 def _ask(arguments: argparse.Namespace) -> int:

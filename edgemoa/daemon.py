@@ -58,7 +58,7 @@ from edgemoa.engine import tuning
 from edgemoa.engine.engine import Engine
 from edgemoa.engine.memory import available_bytes
 from edgemoa.engine.tuning import Tuning
-from edgemoa.errors import ConfigError, EdgemoaError
+from edgemoa.errors import ConfigError, EdgemoaError, EngineError, ModelNotFoundError
 from edgemoa.journal import Journal
 from edgemoa.models.library import MANIFEST, ModelLibrary, read_manifest
 from edgemoa.net.identity import load_identity
@@ -77,6 +77,7 @@ ASKED_AT_A_TIME: Final = 16
 LAG_PROBE_S: Final = 0.05
 LEARNED_KEPT_EVERY_S: Final = 1_800.0  # a storage card wears out
 HARDWARE_EVERY_S: Final = 10.0
+MODEL_EVERY_S: Final = 2.0
 MOST_QUEUE_BYTES: Final = 64 * limits.MIB
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's mallopt
 _LARGE_BYTES: Final = 128 * limits.KIB  # of a piece of memory
@@ -87,8 +88,16 @@ MAX_SECRET_FILE_BYTES: Final = 4 * limits.KIB
 class Daemon:
     """One board's process. :meth:`run` is its life."""
 
-    def __init__(self, config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        library: ModelLibrary,
+        *,
+        stop_at_eof: bool = False,
+        wait_for_model: bool = False,
+    ) -> None:
         self._config = config
+        self._wait_for_model = wait_for_model
         self._library = library
         self._stop_at_eof = stop_at_eof
         self._stopping = asyncio.Event()
@@ -104,12 +113,12 @@ class Daemon:
         self._condition = hardware.Condition(None, None, None)
         self._probing = False
         self._board: tuning.Board
-        self._card: Card
+        self._card = Card(config.model.name)
         self._engine_trouble = ""  # why there is no model process, while there is none
         self._learned: Learned | None = None  # as it was kept last
         self._node: Node
         self._network: Network
-        self._engine: Engine
+        self._engine: Engine | None = None  # until there is a model
         self._desk: Desk
 
     async def run(self) -> int:
@@ -135,7 +144,7 @@ class Daemon:
         config = self._config
         name = config.board.name or socket.gethostname()[: limits.MAX_NAME_BYTES]
         # What can be wrong is found out before anything is started, the cheapest first.
-        model_dir = await asyncio.to_thread(self._library.find, config.model.name)
+        model_dir = await asyncio.to_thread(self._find_model)
         strategy = await asyncio.to_thread(_strategy, config)
         join_secret = await asyncio.to_thread(_join_secret, config)
         state_dir = config.state_dir()
@@ -160,21 +169,6 @@ class Daemon:
             rng=Random(chance.getrandbits(64)),
             join_secret=join_secret,
             shelf=LibraryShelf(self._library),
-        )
-        tuned = await asyncio.to_thread(self._tuned, model_dir)
-        self._card = await asyncio.to_thread(_card, config.model.name, model_dir)
-        self._engine = Engine(
-            model_dir,
-            config.model.name,
-            config.model.threads or (tuned.threads if tuned else tuning.cores()),
-            self,
-            backend=config.model.backend,
-            provider=config.model.provider,
-            slots=config.model.slots,
-            most_slots=tuned.slots if tuned else 0,
-            memory_mb=config.model.memory_mb,
-            tune_s=0.0 if tuned or config.model.threads else FIRST_TUNING_S,
-            ends_loops=config.model.end_loops,
         )
         queue_bytes = _queue_bytes(config.queue.memory_mb)
         settings = NodeSettings(
@@ -210,9 +204,12 @@ class Daemon:
         stack.push_async_callback(api.stop)
         stack.push_async_callback(self._network.stop)
         await self._network.start()
-        stack.push_async_callback(self._engine.stop)
-        await self._engine.start()
-        self._engine_started.set()
+        stack.push_async_callback(self._stop_engine)
+        if model_dir is not None:
+            await self._start_engine(model_dir)
+        else:
+            awaiting = asyncio.create_task(self._await_model())
+            stack.callback(awaiting.cancel)
         stack.callback(self._last_words)
         stack.push_async_callback(self._remember, store)
         keeping = asyncio.create_task(self._keep_learning(store))
@@ -222,6 +219,66 @@ class Daemon:
         self._tell(self._node.tick)
         if self._stop_at_eof:
             await _at_eof(sys.stdin.fileno(), self._told_to_stop, stack)
+
+    def _find_model(self) -> Path | None:
+        """The model's folder; None if it is not there and is to be waited for. Blocks on the disk.
+
+        :raises ModelNotFoundError: it is not there.
+        """
+        try:
+            return self._library.find(self._config.model.name)
+        except ModelNotFoundError as error:
+            if not self._wait_for_model:
+                raise
+            self._engine_trouble = f"{error}; {error.hint}"
+            return None
+
+    async def _await_model(self) -> None:
+        """Somebody fetches it, maybe from a peer, with which this board can pair meanwhile."""
+        log.warning("waiting for a model", extra={"reason": self._engine_trouble})
+        while (model_dir := await asyncio.to_thread(self._find_model)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(MODEL_EVERY_S)
+        self._engine_trouble = ""
+        try:
+            await self._start_engine(model_dir)
+        except EdgemoaError as error:
+            self._engine_trouble = str(error)
+            log.error("the model cannot be used", extra={"reason": str(error)})  # noqa: TRY400
+
+    async def _start_engine(self, model_dir: Path) -> None:
+        config = self._config
+        tuned = await asyncio.to_thread(self._tuned, model_dir)
+        self._card = await asyncio.to_thread(_card, config.model.name, model_dir)
+        self._engine = Engine(
+            model_dir,
+            config.model.name,
+            config.model.threads or (tuned.threads if tuned else tuning.cores()),
+            self,
+            backend=config.model.backend,
+            provider=config.model.provider,
+            slots=config.model.slots,
+            most_slots=tuned.slots if tuned else 0,
+            memory_mb=config.model.memory_mb,
+            tune_s=0.0 if tuned or config.model.threads else FIRST_TUNING_S,
+            ends_loops=config.model.end_loops,
+        )
+        await self._engine.start()
+        self._engine_started.set()
+
+    async def _stop_engine(self) -> None:
+        if self._engine is not None:
+            await self._engine.stop()
+
+    async def _model(self) -> Engine:
+        """The model's process, which may be about to start: the API listens a moment earlier.
+
+        :raises EngineError: there is no model on this board.
+        """
+        if self._engine is None and self._engine_trouble:
+            raise EngineError(self._engine_trouble, hint="fetch it, or ask another board")
+        await self._engine_started.wait()
+        assert self._engine is not None  # noqa: S101 - it was started
+        return self._engine
 
     def _tuned(self, model_dir: Path) -> Tuning | None:
         """What was found before of how this board runs the model best. Blocks on the disk."""
@@ -304,12 +361,14 @@ class Daemon:
             match effect:
                 case Send(to=to, message=message):
                     self._network.send(to, message)
-                case StartWork(job=job):
+                case StartWork(job=job) if self._engine is not None:
                     self._engine.work(job)
                     self._probe_lag()
-                case ReadAhead(request_id=request_id, messages=messages):
+                case ReadAhead(request_id=request_id, messages=messages) if (
+                    self._engine is not None
+                ):
                     self._engine.read_ahead(request_id, messages)
-                case StopWork(job_id=job_id):
+                case StopWork(job_id=job_id) if self._engine is not None:
                     self._engine.cancel(job_id)
                 case Tell(request_id=request_id, event=event):
                     self._desk.tell(request_id, event)
@@ -363,7 +422,7 @@ class Daemon:
     def on_ready(self, info: EngineInfo) -> None:
         """The model takes work."""
         self._engine_trouble = ""
-        if (found := self._engine.tuning) is not None:
+        if self._engine is not None and (found := self._engine.tuning) is not None:
             log.info("tuned", extra={"threads": found.threads, "slots": found.slots})
             if found.is_trusted:
                 asyncio.get_running_loop().run_in_executor(None, self._keep_tuning, found)
@@ -425,18 +484,16 @@ class Daemon:
 
     async def embed(self, texts: Sequence[str]) -> list[Vector]:
         """See :class:`edgemoa.api.service.Service`."""
-        await self._engine_started.wait()
-        told = await self._engine.embed(texts)
+        told = await (await self._model()).embed(texts)
         return [Vector(each.vector, each.tokens) for each in told.embeddings]
 
     async def measure(self, messages: tuple[ChatMessage, ...], given: Given = "turns") -> int:
         """See :class:`edgemoa.api.service.Service`."""
-        await self._engine_started.wait()  # the API listens a moment earlier
-        return await self._engine.measure(messages, given)
+        return await (await self._model()).measure(messages, given)
 
     async def check_schema(self, schema: str) -> None:
         """See :class:`edgemoa.api.service.Service`."""
-        await self._engine.check_schema(schema)
+        await (await self._model()).check_schema(schema)
 
     def refusal(self) -> Failed | None:
         """See :class:`edgemoa.api.service.Service`."""
@@ -487,10 +544,10 @@ class Daemon:
         """See :class:`edgemoa.api.service.Service`."""
         status: dict[str, Any] = msgspec.to_builtins(snapshot(self._node, self._now_ms()))
         status["engine"] = {
-            "pid": self._engine.pid,
-            "restarts": self._engine.restarts,
+            "pid": self._engine.pid if self._engine else None,
+            "restarts": self._engine.restarts if self._engine else 0,
             "trouble": self._engine_trouble,
-            "note": self._engine.note,
+            "note": self._engine.note if self._engine else "",
         }
         status["pid"] = os.getpid()
         status["backlog"] = self._desk.backlog
@@ -740,7 +797,13 @@ async def _at_eof(fd: int, then: Any, stack: contextlib.AsyncExitStack) -> None:
     stack.callback(loop.remove_reader, fd)
 
 
-def serve(config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -> int:
+def serve(
+    config: Config,
+    library: ModelLibrary,
+    *,
+    stop_at_eof: bool = False,
+    wait_for_model: bool = False,
+) -> int:
     """Run the daemon until it is told to stop; returns the exit code.
 
     :raises EdgemoaError: it could not be started.
@@ -748,7 +811,8 @@ def serve(config: Config, library: ModelLibrary, *, stop_at_eof: bool = False) -
     _give_back_memory()
 
     async def main() -> int:
-        return await Daemon(config, library, stop_at_eof=stop_at_eof).run()
+        daemon = Daemon(config, library, stop_at_eof=stop_at_eof, wait_for_model=wait_for_model)
+        return await daemon.run()
 
     try:
         return asyncio.run(main())
