@@ -12,7 +12,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final, Literal, TypeAlias
 
-import msgpack
+import msgspec
 
 Form: TypeAlias = Literal["msgpack", "json", "bytes"]
 """What an input is, below the bytes that :class:`targets.Target` says stand before it."""
@@ -141,19 +141,18 @@ def _structured(data: bytes, other: bytes, form: Form, rng: Random) -> bytes | N
         root = [_read(data, form)]
         _change(root, other, form, rng)
         if form == "msgpack":
-            packed: bytes = msgpack.packb(root[0], strict_types=True)
-            return packed
+            return msgspec.msgpack.encode(root[0])
         text = json.dumps(root[0], ensure_ascii=rng.random() < 0.5)
         if rng.random() < 0.1:  # what json cannot write
             text = text.replace("0", rng.choice(_JSON_TOKENS), 1)
         return text.encode("utf-8", "surrogatepass")
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _read(data: bytes, form: Form) -> Any:
     if form == "msgpack":
-        return msgpack.unpackb(data, strict_map_key=False)
+        return msgspec.msgpack.decode(data)
     return json.loads(data)
 
 
@@ -211,7 +210,7 @@ def _like(value: Any, other: bytes, form: Form, rng: Random) -> Any:
         return rng.choice((rng.choice(_TEXTS), text + "x", text[:-1], text * 2, text.upper()))
     if kind is bytes:
         return _bytes_like(value if isinstance(value, bytes) else b"", other, form, rng)
-    return rng.choice(([], {}, [[]], {"a": None}, [0] * 65, msgpack.ExtType(5, b"x")))
+    return rng.choice(([], {}, [[]], {"a": None}, [0] * 65, msgspec.msgpack.Ext(5, b"x")))
 
 
 def _bytes_like(data: bytes, other: bytes, form: Form, rng: Random) -> bytes:

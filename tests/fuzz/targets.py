@@ -116,8 +116,8 @@ def _shape(value: object) -> str:
     """Which of a value's fields say something."""
     if isinstance(value, msgspec.Struct):
         return "".join("1" if getattr(value, name) else "0" for name in value.__struct_fields__)
-    if isinstance(value, tuple | list | dict):
-        return str(min(len(value), 3))
+    if isinstance(value, tuple | list):
+        return f"{min(len(value), 3)} " + " ".join(map(_shape, value[:3]))
     if dataclasses.is_dataclass(value):
         fields = [getattr(value, each.name) for each in dataclasses.fields(value)]
         return " ".join(_shape(each) for each in fields)
@@ -146,6 +146,8 @@ def hexes(vectors: object, *names: str) -> Iterator[bytes]:
 def targets() -> dict[str, Target]:
     """All of them, by name."""
     import targets_api  # beside this file, and each needs this module
+    import targets_mdns
     import targets_net
 
-    return {target.name: target for target in (*targets_net.TARGETS, *targets_api.TARGETS)}
+    found = (*targets_net.TARGETS, *targets_mdns.TARGETS, *targets_api.TARGETS)
+    return {target.name: target for target in found}

@@ -23,6 +23,7 @@ from edgemoa.core.messages import Message
 from edgemoa.errors import ConfigError, PairingError, ProtocolError, UserError
 from edgemoa.net import copies, pairing, sealed, wire
 from edgemoa.net.identity import read_certificate
+from edgemoa.net.tls import Connection
 from edgemoa.net.trust import Plan, TrustKeeper
 from edgemoa.store import Store
 
@@ -43,7 +44,7 @@ def _signed(data: bytes) -> object:
     """The first byte says of which type; the rest is the body, or the whole payload, that a paired
     board signs."""
     head, rest = data[0] if data else 0, data[1:]
-    kind = _KINDS[head % len(_KINDS)]
+    kind = _KINDS[(head & ~_WHOLE_PAYLOAD) % len(_KINDS)]
     if not head & _WHOLE_PAYLOAD:
         return _envelope(sign(kind, rest))
     signed = b"edgemoa/v1/" + kind.encode() + b"\0" + rest
@@ -56,7 +57,7 @@ def _signed_seeds() -> Iterable[bytes]:
         body = envelope.encode(message)[1]
         yield bytes([number]) + body
         payload = msgpack.packb([BOOT, number + 1, BOB.board_id, TO_BOOT, body])
-        yield bytes([number + _WHOLE_PAYLOAD // len(_KINDS) * len(_KINDS) + len(_KINDS)]) + payload
+        yield bytes([number | _WHOLE_PAYLOAD]) + payload
 
 
 def _hop(data: bytes) -> Message:
@@ -275,6 +276,9 @@ class _Wire(asyncio.Transport):
     def is_closing(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """There is nothing to close."""
+
 
 def _pairing(data: bytes) -> object:
     """One frame, whichever the first byte says is due."""
@@ -319,7 +323,7 @@ async def _admit(start: bytes, proof: bytes, done: bytes) -> pairing.Candidate |
     reader, transport = asyncio.StreamReader(), _Wire()
     protocol = asyncio.StreamReaderProtocol(reader)
     writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
-    connection = pairing.Connection(reader, writer, dialled=False)
+    connection = Connection(reader, writer, dialled=False)
     reader.feed_data(wire.framed(start))
     try:
         request = await pairing.receive(connection)
