@@ -17,6 +17,8 @@ import msgspec
 Form: TypeAlias = Literal["msgpack", "json", "bytes"]
 """What an input is, below the bytes that :class:`targets.Target` says stand before it."""
 
+_Change: TypeAlias = Callable[[bytes, bytes, Random], bytes]
+
 MAX_BYTES: Final = 1 << 18  # of an input that grows by its changes
 _MOST_SLOTS: Final = 200  # that are looked at in one value
 _NESTED: Final = 1500  # levels; Python's decoders give up at about 1000
@@ -60,7 +62,8 @@ def mutated(data: bytes, other: bytes, form: Form, head: int, rng: Random) -> by
             at = rng.randrange(head)
             data = data[:at] + bytes([rng.getrandbits(8)]) + data[at + 1 :]
         else:
-            data = rng.choice(_CHANGES)(data, other, rng)
+            change: _Change = rng.choice(_CHANGES)
+            data = change(data, other, rng)
     return data[:MAX_BYTES]
 
 
@@ -83,7 +86,7 @@ def _set(data: bytes, _: bytes, rng: Random) -> bytes:
 def _number(data: bytes, _: bytes, rng: Random) -> bytes:
     size = rng.choice((1, 2, 4, 8))
     at = rng.randrange(max(1, len(data) - size + 1))
-    value = rng.choice(_INTS) % 256**size
+    value: int = rng.choice(_INTS) % (1 << 8 * size)
     return data[:at] + value.to_bytes(size) + data[at + size :]
 
 
@@ -124,7 +127,6 @@ def _cross(data: bytes, other: bytes, rng: Random) -> bytes:
     return data[: rng.randrange(len(data) + 1)] + other[rng.randrange(len(other) + 1) :]
 
 
-_Change: TypeAlias = Callable[[bytes, bytes, Random], bytes]
 _CHANGES: Final[tuple[_Change, ...]] = (
     *(_flip, _flip, _set, _set, _number, _number, _cut, _remove, _remove, _insert, _insert),
     *(_splice, _splice, _cross, _repeat, _header),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import sys
@@ -27,7 +28,7 @@ from mutate import Form  # noqa: E402 - beside this file
 
 SLACK_BYTES: Final = 8 * 1024
 """What a value may take however small its bytes are: fields that were left out have defaults."""
-_DIGITS: Final = re.compile(r"\d+")
+_PARTICULAR: Final = re.compile(r"""\d+|'.*'|".*\"""")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Target:
         """Where inputs are kept that found something."""
         return HERE / "corpus" / self.name
 
+    def keep(self, data: bytes) -> str:
+        """Have an input tried by the tests from now on; returns its name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / hashlib.sha256(data).hexdigest()[:12]
+        file.write_bytes(data)
+        return file.name
+
     def judge(self, data: bytes) -> str:
         """What becomes of an input, in words that inputs of a kind share.
 
@@ -72,7 +80,7 @@ class Target:
         except self.errors as error:
             # What the decoder said, which the package does not pass on, tells inputs apart.
             cause = error.__context__ or error.__cause__
-            return _DIGITS.sub("#", f"{type(error).__name__}: {error}; {cause}"[:200])
+            return _PARTICULAR.sub("#", f"{type(error).__name__}: {error}; {cause}"[:200])
         taken, allowed = size_bytes(value), self.multiple * len(data) + SLACK_BYTES
         if taken > allowed:
             raise TooLargeError(f"{len(data)} bytes became {taken}, more than {allowed}")
@@ -84,7 +92,7 @@ class TooLargeError(AssertionError):
 
 
 def size_bytes(value: object) -> int:
-    """What a value takes in memory, with all that is in it; what all values share is not counted."""
+    """What a value takes in memory, with all that is in it, but not what all values share."""
     total, left, seen = 0, [value], set[int]()
     while left:
         each = left.pop()

@@ -28,7 +28,7 @@ _CALLS: Final = [
     {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}},
     {"function": {"name": "now", "arguments": {}}},
 ]
-_TALK: Final = [
+_TALK: Final[list[dict[str, Any]]] = [
     {"role": "user", "content": "1 + 2?"},
     {"role": "assistant", "content": None, "tool_calls": _CALLS},
     {"role": "tool", "tool_call_id": "c1", "name": "add", "content": "3"},
@@ -120,14 +120,16 @@ def _ollama_small(body: bytes) -> object:
     if kind == 0:
         ask = openai.decode(body[1:], ollama.embed_decoder)
         return [ask, list(embeddings.batches(ask.input or []))]
-    decoder = ollama.embeddings_decoder if kind == 1 else ollama.show_decoder
-    return openai.decode(body[1:], decoder)  # type: ignore[arg-type]
+    if kind == 1:
+        return openai.decode(body[1:], ollama.embeddings_decoder)
+    return openai.decode(body[1:], ollama.show_decoder)
 
 
 def _origin(data: bytes) -> object:
     """A Host header and, behind a line end, an Origin."""
     host, _, origin = data.decode("latin-1").partition("\n")
-    return check_origin(host, origin or None, {"pi", "pi.local"})
+    check_origin(host, origin or None, {"pi", "pi.local"})
+    return host
 
 
 def _jsons(*values: object) -> Iterator[bytes]:

@@ -50,9 +50,12 @@ class _Listener(asyncio.DatagramProtocol):
 def _mdns(data: bytes) -> object:
     listener = _Listener()
     discovery.Sieve(listener).datagram_received(data, _FROM)
-    if not listener.heard:
-        raise DroppedError
     packet = DNSIncoming(data)
+    if not listener.heard:
+        kinds: set[str] = set()
+        with contextlib.suppress(Exception):  # whatever the sieve kept from going on
+            kinds = {type(record).__name__ for record in packet.answers()}
+        raise DroppedError(*sorted(kinds))
     records = packet.answers()
     names = [question.name for question in packet.questions]
     names += [record.server for record in records if isinstance(record, DNSService)]

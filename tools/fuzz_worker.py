@@ -1,0 +1,273 @@
+"""One process of tools/fuzz: feeds one target until it has had its inputs, or its time is over.
+
+Nothing is told by what the process returns, since it may die at any input: which one it is at, and
+how far it is, stands in a file that both processes map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import mmap
+import os
+import resource
+import struct
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Final, NoReturn
+
+ROOT: Final = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "vectors")]
+warnings.filterwarnings("ignore", message="Parsed a serial number")  # cryptography, of a stranger's
+
+COVERS: Final = "EDGEMOA_FUZZ_ATHERIS" in os.environ
+if COVERS:
+    import atheris
+
+    with atheris.instrument_imports(include=["edgemoa"]):
+        TARGETS = importlib.import_module("targets").targets()
+else:
+    TARGETS = importlib.import_module("targets").targets()
+
+from mutate import MAX_BYTES, mutated  # noqa: E402 - of tests/fuzz
+
+HANG_S: Final = 30.0  # for one input, on a machine that has other work, too
+MIB: Final = 1024 * 1024
+_ROOM_BYTES: Final = 1024 * MIB  # of address space: what asks for more at a time, fails
+_POOL_BYTES: Final = 2 * MIB  # of inputs that are gone on from
+_POOLED_BYTES: Final = 16 * 1024  # each
+_MOST_OUTCOMES: Final = 20_000
+_MOST_FINDINGS: Final = 20
+_LOOK_EVERY: Final = 4096
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+class Note:
+    """What stands in the shared file."""
+
+    _head = struct.Struct("<QQddI4x")
+
+    def __init__(self, file: Path) -> None:
+        with file.open("r+b") as opened:
+            self._map = mmap.mmap(opened.fileno(), 0)
+
+    @classmethod
+    def make(cls, file: Path) -> Note:
+        """A new one."""
+        file.write_bytes(bytes(cls._head.size + MAX_BYTES))
+        return cls(file)
+
+    def put(self, inputs: int, outcomes: int, early_mib: float, rss_mib: float, now: bytes) -> None:
+        """How it stands: what is told of it below, and the input that comes now."""
+        self._head.pack_into(self._map, 0, inputs, outcomes, early_mib, rss_mib, len(now))
+        self._map[self._head.size : self._head.size + len(now)] = now
+
+    @property
+    def inputs(self) -> int:
+        """That were judged."""
+        return int(self._read()[0])
+
+    @property
+    def outcomes(self) -> int:
+        """Ways in which they came out."""
+        return int(self._read()[1])
+
+    @property
+    def rss_mib(self) -> float:
+        """The process's memory."""
+        return float(self._read()[3])
+
+    @property
+    def growth_mib(self) -> float:
+        """By how much that is more than after a tenth of the work; 0 before there is that."""
+        _, _, early, now, _ = self._read()
+        return float(max(0.0, now - early)) if early else 0.0
+
+    @property
+    def last(self) -> bytes:
+        """The input that it is at, or was."""
+        size = self._read()[4]
+        return bytes(self._map[self._head.size : self._head.size + size])
+
+    def _read(self) -> tuple[Any, ...]:
+        return self._head.unpack_from(self._map)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process has to do; ``seconds`` 0 is without end."""
+
+    target: str
+    inputs: int
+    seconds: float
+    seed: int
+    folder: str
+    part: int
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def _file(self, kind: str) -> Path:
+        return Path(self.folder) / f"{self.target}.{self.part}.{kind}"
+
+    @property
+    def note(self) -> Path:
+        """Where its :class:`Note` is."""
+        return self._file("note")
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self._file("log")
+
+    @property
+    def found(self) -> Path:
+        """Its findings, one a line."""
+        return self._file("found")
+
+    def findings(self) -> list[str]:
+        """See :attr:`found`."""
+        return self.found.read_text("utf-8").splitlines() if self.found.exists() else []
+
+
+class Harness:
+    """Counts, judges, keeps what is found, and ends the process."""
+
+    def __init__(self, share: Share) -> None:
+        self.target = TARGETS[share.target]
+        self.pool = list(self.target.corpus)
+        self._share = share
+        self._note = Note(share.note)
+        self._inputs = 0
+        self._early_mib = self._rss_mib = 0.0
+        self._began = time.monotonic()
+        self._outcomes: set[str] = set()
+        self._known: set[tuple[object, ...]] = set()
+        self._pool_bytes = 0
+        for seed in self.pool:
+            self.feed(seed)
+        self._inputs = 0
+        room = _memory_bytes(0) + _ROOM_BYTES
+        with contextlib.suppress(ValueError):  # there is less already
+            resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+
+    def feed(self, data: bytes) -> None:
+        """Judge an input; the last one ends the process."""
+        self._note.put(
+            self._inputs, len(self._outcomes), self._early_mib, self._rss_mib, data[:MAX_BYTES]
+        )
+        try:
+            outcome = self.target.judge(data)
+        except Exception as error:
+            self._found(data, error)
+        else:
+            if outcome not in self._outcomes and len(self._outcomes) < _MOST_OUTCOMES:
+                self._outcomes.add(outcome)
+                self._keep(data)
+        self._inputs += 1
+        if not self._inputs % _LOOK_EVERY or self._inputs >= self._share.inputs:
+            self._look()
+
+    def _keep(self, data: bytes) -> None:
+        """Go on from it, if there is room."""
+        if len(data) <= _POOLED_BYTES and self._pool_bytes + len(data) <= _POOL_BYTES:
+            self._pool_bytes += len(data)
+            self.pool.append(data)
+
+    def _found(self, data: bytes, error: Exception) -> None:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = next((f for f in reversed(frames) if "edgemoa" in f.filename), frames[-1])
+        kind = (type(error), where.filename, where.lineno)
+        if kind in self._known or len(self._known) >= _MOST_FINDINGS:
+            return
+        self._known.add(kind)
+        name = self.target.keep(data)
+        with self._share.found.open("a", encoding="utf-8") as file:
+            at = f"{Path(where.filename).name}:{where.lineno}"
+            file.write(f"{name}: {type(error).__name__} at {at}: {str(error)[:200]!r}\n")
+
+    def _look(self) -> None:
+        spent = time.monotonic() - self._began
+        share = self._share
+        done = self._inputs >= share.inputs or (share.seconds and spent >= share.seconds)
+        tenth = self._inputs * 10 >= share.inputs or (share.seconds and spent * 10 >= share.seconds)
+        if done or (tenth and not self._early_mib):
+            _tidy()
+        self._rss_mib = _memory_bytes(1) / MIB
+        if tenth and not self._early_mib:
+            self._early_mib = self._rss_mib
+        if done:
+            self._note.put(self._inputs, len(self._outcomes), self._early_mib, self._rss_mib, b"")
+            self._end()
+
+    def _end(self) -> NoReturn:
+        """Without libFuzzer's own last words."""
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _memory_bytes(which: int) -> int:
+    """Of this process: 0 for its address space, 1 for what is in memory."""
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[which]) * _PAGE_BYTES
+
+
+def _tidy() -> None:
+    """Give back what is free, so that what is left is what is kept."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not of glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _own(harness: Harness, rng: Random) -> NoReturn:
+    """Go on from inputs that came out as none before did."""
+    target, pool = harness.target, harness.pool
+    while True:
+        data, other = rng.choice(pool), rng.choice(pool)
+        harness.feed(mutated(data, other, target.form, target.head, rng))
+
+
+def _covering(harness: Harness, rng: Random, share: Share) -> None:
+    """The same, and from inputs that reach lines which none before did."""
+    target, pool = harness.target, harness.pool
+    folder = share.found.with_suffix(".corpus")
+    folder.mkdir()
+    for number, seed in enumerate(pool):
+        (folder / str(number)).write_bytes(seed)
+
+    def change(data: bytes, max_size: int, _: int) -> bytes:
+        chance = rng.random()
+        if chance < 0.25:
+            return bytes(atheris.Mutate(data, max_size))
+        base = rng.choice(pool) if chance < 0.6 else data
+        return mutated(base, rng.choice(pool), target.form, target.head, rng)[:max_size]
+
+    settings = {"max_len": MAX_BYTES, "len_control": 0, "rss_limit_mb": 0, "timeout": 0}
+    arguments = [f"-{name}={value}" for name, value in settings.items()]
+    seed = f"-seed={share.seed % 2**31 or 1}"
+    atheris.Setup([sys.argv[0], *arguments, seed, str(folder)], harness.feed, custom_mutator=change)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    """As the first argument says."""
+    share = Share(**json.loads(sys.argv[1]))
+    rng = Random(share.seed)
+    harness = Harness(share)
+    if COVERS:
+        _covering(harness, rng, share)
+    else:
+        _own(harness, rng)
+
+
+if __name__ == "__main__":
+    main()
