@@ -27,6 +27,7 @@ from fuzz_worker import HANG_S, TARGETS, Note, Share  # beside this file
 ATHERIS: Final = "atheris==3.0.0"
 GROWTH_MIB: Final = 8.0
 TOLD_S: Final = 5.0
+START_S: Final = 120.0  # until a process has judged its seeds
 WORKER: Final = Path(__file__).with_name("fuzz_worker.py")
 
 
@@ -47,7 +48,7 @@ class Run:
         if self.note.inputs != self.seen:
             self.seen, self.moved = self.note.inputs, now
         if self.child.poll() is None:
-            if now - max(self.moved, self.began + HANG_S) < HANG_S:
+            if now - (self.moved or self.began) < (HANG_S if self.moved else START_S):
                 return True
             self.child.kill()
             self.child.wait()

@@ -154,12 +154,12 @@ class Harness:
         self._outcomes: set[str] = set()
         self._known: set[tuple[object, ...]] = set()
         self._pool_bytes = 0
-        for seed in self.pool:
-            self.feed(seed)
-        self._inputs = 0
         room = _memory_bytes(0) + _ROOM_BYTES
         with contextlib.suppress(ValueError):  # there is less already
             resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+        for seed in list(self.pool):
+            self.feed(seed)
+        self._inputs = 0
 
     def feed(self, data: bytes) -> None:
         """Judge an input; the last one ends the process."""

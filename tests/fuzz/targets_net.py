@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import functools
 import hashlib
@@ -134,7 +135,9 @@ def _frame_seeds() -> Iterable[bytes]:
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    return asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
+    return loop
 
 
 # --- the roster
@@ -143,18 +146,15 @@ def _loop() -> asyncio.AbstractEventLoop:
 @functools.cache
 def _keeper() -> TrustKeeper:
     """BOB's, on a disk; it trusts ANN."""
-    folder = Path(_state().name)
-    store = Store(folder)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    store = Store(Path(folder.name))
     store.open()
+    atexit.register(store.close)
     keeper = TrustKeeper(BOB, store)
     keeper.load()
     keeper.keep(keeper.plan(lambda r: r.admitted(ANN.certificate)))
     return keeper
-
-
-@functools.cache
-def _state() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
 
 
 def _merged(records: Iterable[bytes]) -> tuple[Plan, list[bytes]]:
@@ -269,15 +269,16 @@ class _Wire(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
+        self._closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written.append(bytes(data))
 
     def is_closing(self) -> bool:
-        return False
+        return self._closed
 
     def close(self) -> None:
-        """There is nothing to close."""
+        self._closed = True
 
 
 def _pairing(data: bytes) -> object:
@@ -341,6 +342,8 @@ async def _admit(start: bytes, proof: bytes, done: bytes) -> pairing.Candidate |
         return await run
     except EOFError:
         return None
+    finally:
+        writer.close()
 
 
 def _admission_seeds() -> Iterable[bytes]:
