@@ -44,7 +44,7 @@ MIB: Final = 1024 * 1024
 _ROOM_BYTES: Final = 1024 * MIB  # of address space: what asks for more at a time, fails
 _POOL_BYTES: Final = 2 * MIB  # of inputs that are gone on from
 _POOLED_BYTES: Final = 16 * 1024  # each
-_MOST_OUTCOMES: Final = 20_000
+_MOST_OUTCOMES: Final = 4096
 _MOST_FINDINGS: Final = 20
 _LOOK_EVERY: Final = 4096
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -103,7 +103,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Share:
-    """What a process has to do; ``seconds`` 0 is without end."""
+    """What a process has to do; ``seconds`` 0 is without end, and ``covers`` with atheris."""
 
     target: str
     inputs: int
@@ -111,6 +111,7 @@ class Share:
     seed: int
     folder: str
     part: int
+    covers: bool = False
 
     @property
     def told(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Share:
         return asdict(self)
 
     def _file(self, kind: str) -> Path:
-        return Path(self.folder) / f"{self.target}.{self.part}.{kind}"
+        return Path(self.folder) / f"{self.target}.{self.part}.{int(self.covers)}.{kind}"
 
     @property
     def note(self) -> Path:
@@ -134,6 +135,11 @@ class Share:
     def found(self) -> Path:
         """Its findings, one a line."""
         return self._file("found")
+
+    @property
+    def corpus(self) -> Path:
+        """The inputs that reached what none did before: the next process goes on from them."""
+        return Path(self.folder) / f"{self.target}.{self.part}.corpus"
 
     def findings(self) -> list[str]:
         """See :attr:`found`."""
@@ -151,13 +157,14 @@ class Harness:
         self._inputs = 0
         self._early_mib = self._rss_mib = 0.0
         self._began = time.monotonic()
-        self._outcomes: set[str] = set()
+        self._outcomes: set[int] = set()  # their hashes
         self._known: set[tuple[object, ...]] = set()
         self._pool_bytes = 0
         room = _memory_bytes(0) + _ROOM_BYTES
         with contextlib.suppress(ValueError):  # there is less already
             resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-        for seed in list(self.pool):
+        reached = [file.read_bytes() for file in share.corpus.glob("*")]
+        for seed in [*self.pool, *reached]:
             self.feed(seed)
         self._inputs = 0
 
@@ -167,7 +174,7 @@ class Harness:
             self._inputs, len(self._outcomes), self._early_mib, self._rss_mib, data[:MAX_BYTES]
         )
         try:
-            outcome = self.target.judge(data)
+            outcome = hash(self.target.judge(data))
         except Exception as error:
             self._found(data, error)
         else:
@@ -239,10 +246,9 @@ def _own(harness: Harness, rng: Random) -> NoReturn:
 def _covering(harness: Harness, rng: Random, share: Share) -> None:
     """The same, and from inputs that reach lines which none before did."""
     target, pool = harness.target, harness.pool
-    folder = share.found.with_suffix(".corpus")
-    folder.mkdir()
+    share.corpus.mkdir()
     for number, seed in enumerate(pool):
-        (folder / str(number)).write_bytes(seed)
+        (share.corpus / str(number)).write_bytes(seed)
 
     def change(data: bytes, max_size: int, _: int) -> bytes:
         chance = rng.random()
@@ -254,7 +260,9 @@ def _covering(harness: Harness, rng: Random, share: Share) -> None:
     settings = {"max_len": MAX_BYTES, "len_control": 0, "rss_limit_mb": 0, "timeout": 0}
     arguments = [f"-{name}={value}" for name, value in settings.items()]
     seed = f"-seed={share.seed % 2**31 or 1}"
-    atheris.Setup([sys.argv[0], *arguments, seed, str(folder)], harness.feed, custom_mutator=change)
+    atheris.Setup(
+        [sys.argv[0], *arguments, seed, str(share.corpus)], harness.feed, custom_mutator=change
+    )
     atheris.Fuzz()
 
 
