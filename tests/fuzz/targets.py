@@ -124,6 +124,8 @@ def _shape(value: object) -> str:
     """Which of a value's fields say something."""
     if isinstance(value, msgspec.Struct):
         return "".join("1" if getattr(value, name) else "0" for name in value.__struct_fields__)
+    if isinstance(value, frozenset):
+        return " ".join(sorted(map(str, value)))
     if isinstance(value, tuple | list):
         return f"{min(len(value), 3)} " + " ".join(map(_shape, value[:3]))
     if dataclasses.is_dataclass(value):
@@ -154,8 +156,12 @@ def hexes(vectors: object, *names: str) -> Iterator[bytes]:
 def targets() -> dict[str, Target]:
     """All of them, by name."""
     import targets_api  # beside this file, and each needs this module
+    import targets_core
     import targets_mdns
     import targets_net
 
-    found = (*targets_net.TARGETS, *targets_mdns.TARGETS, *targets_api.TARGETS)
+    found = (
+        *(*targets_net.TARGETS, *targets_mdns.TARGETS),
+        *(*targets_core.TARGETS, *targets_api.TARGETS),
+    )
     return {target.name: target for target in found}
