@@ -3,6 +3,7 @@ fuzzer itself, against parsers that are wrong. ``tools/fuzz`` does the same with
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -67,6 +68,18 @@ def test_every_beginning_of_a_good_input(target: Target) -> None:
     for data in sorted(target.corpus, key=len)[:3]:
         for end in range(min(len(data), 600)):
             target.judge(data[:end])
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_nothing_is_kept(target: Target) -> None:
+    """Neither what was taken nor what was refused, nor where: an error that is made once and raised
+    often would hold on to every place that it came by."""
+    before = 0
+    for _ in range(3):  # tables of what was seen fill the first time
+        tried(target, 1, 300)
+        gc.collect()
+        before, grown = len(gc.get_objects()), len(gc.get_objects()) - before
+    assert grown < 30
 
 
 def test_wrong_parsers_are_found_out() -> None:
