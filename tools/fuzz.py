@@ -57,8 +57,9 @@ class Run:
         elif self.child.returncode:
             code = self.child.returncode
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.trouble = f"the process ended: {name}"
-        if self.trouble:
+            lines = self.share.log.read_text("utf-8", "replace").splitlines()
+            self.trouble = f"the process ended: {name} {lines[-1][:200] if lines else ''}".rstrip()
+        if self.trouble and self.note.last:
             TARGETS[self.share.target].keep(self.note.last)
         return False
 

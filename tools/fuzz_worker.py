@@ -257,12 +257,16 @@ def _covering(harness: Harness, rng: Random, share: Share) -> None:
         base = rng.choice(pool) if chance < 0.6 else data
         return mutated(base, rng.choice(pool), target.form, target.head, rng)[:max_size]
 
-    settings = {"max_len": MAX_BYTES, "len_control": 0, "rss_limit_mb": 0, "timeout": 0}
+    settings = {
+        "max_len": MAX_BYTES,
+        "len_control": 0,
+        "rss_limit_mb": 0,  # the harness watches that, and the other process what hangs
+        "timeout": 100_000,
+        "seed": share.seed % 2**31 or 1,
+        "artifact_prefix": f"{share.folder}/",
+    }
     arguments = [f"-{name}={value}" for name, value in settings.items()]
-    seed = f"-seed={share.seed % 2**31 or 1}"
-    atheris.Setup(
-        [sys.argv[0], *arguments, seed, str(share.corpus)], harness.feed, custom_mutator=change
-    )
+    atheris.Setup([sys.argv[0], *arguments, str(share.corpus)], harness.feed, custom_mutator=change)
     atheris.Fuzz()
 
 

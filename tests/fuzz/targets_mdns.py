@@ -63,11 +63,11 @@ def _mdns(data: bytes) -> object:
         again = DNSOutgoing(0)
         again.add_question(DNSQuestion(name, 1, 1))
         again.packets()
-    told = DNSOutgoing(0x8400)
     for record in records:
         if isinstance(record, DNSPointer):
+            told = DNSOutgoing(0x8400)
             told.add_answer_at_time(record, 0)
-    told.packets()
+            told.packets()
     return [found for record in records for found in _resolved(record, records, packet.now)]
 
 
