@@ -73,11 +73,13 @@ class Outcome:
     findings: list[str] = field(default_factory=list)
     growth_mib: float = 0.0
     outcomes: int = 0
+    taken: int = 0
 
     def add(self, run: Run, seconds: float) -> None:
         """Take a process that has ended into account."""
         note = run.note
         self.inputs += note.inputs
+        self.taken += note.taken
         self.seconds += seconds
         if not run.share.covers:  # libFuzzer keeps what it finds in memory
             self.growth_mib = max(self.growth_mib, note.growth_mib)
@@ -205,7 +207,8 @@ def _rows(name: str, outcome: Outcome) -> list[Row]:
     per_s = outcome.inputs / max(outcome.seconds, 1e-9)
     what = "; ".join(dict.fromkeys(outcome.findings))
     figure = TARGETS[name].figure
-    note = f"{per_s:,.0f}/s in a process, {outcome.outcomes} ways to come out"
+    taken = f"{outcome.taken / max(outcome.inputs, 1):.0%} taken"
+    note = f"{per_s:,.0f}/s in a process, {taken}, {outcome.outcomes} ways to come out"
     return [
         row(f"{name}: inputs", outcome.inputs, "", figure, note, least=True),
         row(f"{name}: findings", len(outcome.findings), "", 0, what),

@@ -38,12 +38,14 @@ else:
     TARGETS = importlib.import_module("targets").targets()
 
 from mutate import MAX_BYTES, mutated  # noqa: E402 - of tests/fuzz
+from targets import TAKEN  # noqa: E402
 
 HANG_S: Final = 30.0  # for one input, on a machine that has other work, too
 MIB: Final = 1024 * 1024
 _ROOM_BYTES: Final = 1024 * MIB  # of address space: what asks for more at a time, fails
 _POOL_BYTES: Final = 2 * MIB  # of inputs that are gone on from
 _POOLED_BYTES: Final = 16 * 1024  # each
+_FROM_TAKEN: Final = 0.75  # of inputs are made of one that was not refused
 _MOST_OUTCOMES: Final = 4096
 _MOST_FINDINGS: Final = 20
 _LOOK_EVERY: Final = 4096
@@ -53,7 +55,7 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 class Note:
     """What stands in the shared file."""
 
-    _head = struct.Struct("<QQddI4x")
+    _head = struct.Struct("<QQQddI4x")
 
     def __init__(self, file: Path) -> None:
         with file.open("r+b") as opened:
@@ -65,9 +67,10 @@ class Note:
         file.write_bytes(bytes(cls._head.size + MAX_BYTES))
         return cls(file)
 
-    def put(self, inputs: int, outcomes: int, early_mib: float, rss_mib: float, now: bytes) -> None:
-        """How it stands: what is told of it below, and the input that comes now."""
-        self._head.pack_into(self._map, 0, inputs, outcomes, early_mib, rss_mib, len(now))
+    def put(self, *told: float, now: bytes) -> None:
+        """How it stands: inputs, those taken, ways in which they came out, memory after a tenth of
+        the work and at last; and the input that comes now."""
+        self._head.pack_into(self._map, 0, *told, len(now))
         self._map[self._head.size : self._head.size + len(now)] = now
 
     @property
@@ -76,25 +79,30 @@ class Note:
         return int(self._read()[0])
 
     @property
+    def taken(self) -> int:
+        """Those that were not refused."""
+        return int(self._read()[1])
+
+    @property
     def outcomes(self) -> int:
         """Ways in which they came out."""
-        return int(self._read()[1])
+        return int(self._read()[2])
 
     @property
     def rss_mib(self) -> float:
         """The process's memory."""
-        return float(self._read()[3])
+        return float(self._read()[4])
 
     @property
     def growth_mib(self) -> float:
         """By how much that is more than after a tenth of the work; 0 before there is that."""
-        _, _, early, now, _ = self._read()
+        *_, early, now, _ = self._read()
         return float(max(0.0, now - early)) if early else 0.0
 
     @property
     def last(self) -> bytes:
         """The input that it is at, or was."""
-        size = self._read()[4]
+        size = self._read()[5]
         return bytes(self._map[self._head.size : self._head.size + size])
 
     def _read(self) -> tuple[Any, ...]:
@@ -151,10 +159,11 @@ class Harness:
 
     def __init__(self, share: Share) -> None:
         self.target = TARGETS[share.target]
-        self.pool = list(self.target.corpus)
+        self._refused: list[bytes] = []
+        self._taken: list[bytes] = []
         self._share = share
         self._note = Note(share.note)
-        self._inputs = 0
+        self._inputs = self._inputs_taken = 0
         self._early_mib = self._rss_mib = 0.0
         self._began = time.monotonic()
         self._outcomes: set[int] = set()  # their hashes
@@ -164,32 +173,42 @@ class Harness:
         with contextlib.suppress(ValueError):  # there is less already
             resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         reached = [file.read_bytes() for file in share.corpus.glob("*")]
-        for seed in [*self.pool, *reached]:
+        for seed in [*self.target.corpus, *reached]:
             self.feed(seed)
-        self._inputs = 0
+        self._inputs = self._inputs_taken = 0
+
+    def base(self, rng: Random) -> bytes:
+        """An input to go on from: what is refused, is refused again more often than not."""
+        taken = self._taken and (not self._refused or rng.random() < _FROM_TAKEN)
+        return rng.choice(self._taken if taken else self._refused)
 
     def feed(self, data: bytes) -> None:
         """Judge an input; the last one ends the process."""
-        self._note.put(
-            self._inputs, len(self._outcomes), self._early_mib, self._rss_mib, data[:MAX_BYTES]
-        )
+        self._tell(data[:MAX_BYTES])
         try:
-            outcome = hash(self.target.judge(data))
+            said = self.target.judge(data)
         except Exception as error:
             self._found(data, error)
         else:
+            taken, outcome = said.startswith(TAKEN), hash(said)
+            self._inputs_taken += taken
             if outcome not in self._outcomes and len(self._outcomes) < _MOST_OUTCOMES:
                 self._outcomes.add(outcome)
-                self._keep(data)
+                self._keep(data, self._taken if taken else self._refused)
         self._inputs += 1
         if not self._inputs % _LOOK_EVERY or self._inputs >= self._share.inputs:
             self._look()
 
-    def _keep(self, data: bytes) -> None:
-        """Go on from it, if there is room."""
-        if len(data) <= _POOLED_BYTES and self._pool_bytes + len(data) <= _POOL_BYTES:
+    def _tell(self, now: bytes) -> None:
+        memory = self._early_mib, self._rss_mib
+        self._note.put(self._inputs, self._inputs_taken, len(self._outcomes), *memory, now=now)
+
+    def _keep(self, data: bytes, pool: list[bytes]) -> None:
+        """Go on from it, if there is room, or nothing else to go on from."""
+        fits = len(data) <= _POOLED_BYTES and self._pool_bytes + len(data) <= _POOL_BYTES
+        if fits or not pool:
             self._pool_bytes += len(data)
-            self.pool.append(data)
+            pool.append(data)
 
     def _found(self, data: bytes, error: Exception) -> None:
         frames = traceback.extract_tb(error.__traceback__)
@@ -214,7 +233,7 @@ class Harness:
         if tenth and not self._early_mib:
             self._early_mib = self._rss_mib
         if done:
-            self._note.put(self._inputs, len(self._outcomes), self._early_mib, self._rss_mib, b"")
+            self._tell(b"")
             self._end()
 
     def _end(self) -> NoReturn:
@@ -237,25 +256,25 @@ def _tidy() -> None:
 
 def _own(harness: Harness, rng: Random) -> NoReturn:
     """Go on from inputs that came out as none before did."""
-    target, pool = harness.target, harness.pool
+    target = harness.target
     while True:
-        data, other = rng.choice(pool), rng.choice(pool)
+        data, other = harness.base(rng), harness.base(rng)
         harness.feed(mutated(data, other, target.form, target.head, rng))
 
 
 def _covering(harness: Harness, rng: Random, share: Share) -> None:
     """The same, and from inputs that reach lines which none before did."""
-    target, pool = harness.target, harness.pool
+    target = harness.target
     share.corpus.mkdir()
-    for number, seed in enumerate(pool):
+    for number, seed in enumerate(target.corpus):
         (share.corpus / str(number)).write_bytes(seed)
 
     def change(data: bytes, max_size: int, _: int) -> bytes:
         chance = rng.random()
         if chance < 0.25:
             return bytes(atheris.Mutate(data, max_size))
-        base = rng.choice(pool) if chance < 0.6 else data
-        return mutated(base, rng.choice(pool), target.form, target.head, rng)[:max_size]
+        base = harness.base(rng) if chance < 0.6 else data
+        return mutated(base, harness.base(rng), target.form, target.head, rng)[:max_size]
 
     settings = {
         "max_len": MAX_BYTES,

@@ -28,6 +28,7 @@ from mutate import Form  # noqa: E402 - beside this file
 
 SLACK_BYTES: Final = 8 * 1024
 """What a value may take however small its bytes are: fields that were left out have defaults."""
+TAKEN: Final = "taken: "
 _PARTICULAR: Final = re.compile(r"""\d+|'.*'|".*\"""")
 
 
@@ -71,7 +72,8 @@ class Target:
         return file.name
 
     def judge(self, data: bytes) -> str:
-        """What becomes of an input, in words that inputs of a kind share.
+        """What becomes of an input, in words that inputs of a kind share: :data:`TAKEN` goes before
+        those that are not refused.
 
         :raises Exception: it is a finding.
         """
@@ -84,7 +86,7 @@ class Target:
         taken, allowed = size_bytes(value), self.multiple * len(data) + SLACK_BYTES
         if taken > allowed:
             raise TooLargeError(f"{len(data)} bytes became {taken}, more than {allowed}")
-        return f"{type(value).__name__} {_shape(value)}"
+        return f"{TAKEN}{type(value).__name__} {_shape(value)}"
 
 
 class TooLargeError(AssertionError):
