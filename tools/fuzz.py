@@ -59,7 +59,8 @@ class Run:
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             lines = self.share.log.read_text("utf-8", "replace").splitlines()
             self.trouble = f"the process ended: {name} {lines[-1][:200] if lines else ''}".rstrip()
-        if self.trouble and self.note.last:
+        defect = self.child.returncode == 1  # of the fuzzer itself
+        if self.trouble and self.note.last and not defect:
             TARGETS[self.share.target].keep(self.note.last)
         return False
 
@@ -90,6 +91,8 @@ class Outcome:
 def main() -> int:
     """Run, print, judge; returns the exit code."""
     given = _arguments()
+    for ending in (signal.SIGTERM, signal.SIGINT):  # also where a shell has it ignored
+        signal.signal(ending, signal.default_int_handler)
     names = given.target or list(TARGETS)
     python = _python(given)
     with tempfile.TemporaryDirectory() as folder:

@@ -176,6 +176,8 @@ class Harness:
         for seed in [*self.target.corpus, *reached]:
             self.feed(seed)
         self._inputs = self._inputs_taken = 0
+        if not (self._taken or self._refused):  # all of them are findings
+            self._refused += self.target.corpus
 
     def base(self, rng: Random) -> bytes:
         """An input to go on from: what is refused, is refused again more often than not."""
