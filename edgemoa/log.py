@@ -24,6 +24,7 @@ def set_up(level: str, form: Literal["auto", "text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.captureWarnings(True)  # of libraries, which a stranger's certificate can provoke
     for chatty in ("asyncio", "aiohttp", "zeroconf"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 

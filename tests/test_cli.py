@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +196,17 @@ def test_logs_are_lines_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
         log.set_up("info", "json")
         logging.getLogger("edgemoa.x").info("it is %s", "so", extra={"port": 7})
         logging.getLogger("edgemoa.x").debug("not this")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("odd", stacklevel=1)
         log.set_up("warning", "text")
         logging.getLogger("edgemoa.x").warning("beware", extra={"port": 7})
     finally:
+        logging.captureWarnings(False)
         root.handlers[:], root.level = before
-    first, second = capsys.readouterr().err.splitlines()
+    first, warned, second = capsys.readouterr().err.splitlines()
     told = json.loads(first)
     assert (told["event"], told["port"], told["level"]) == ("it is so", 7, "info")
+    assert json.loads(warned)["logger"] == "py.warnings"
+    assert "odd" in json.loads(warned)["event"]
     assert second.endswith("warning beware port=7")

@@ -19,10 +19,6 @@ from edgemoa.errors import InvalidPromptError, UserError
 ToolName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 _encode: Final = msgspec.json.Encoder().encode
-_EMPTY: Final = InvalidPromptError(
-    "the prompt is empty",
-    hint="the last message must be the user's, or a tool's result, and say something",
-)
 
 
 class TextPart(msgspec.Struct):
@@ -109,7 +105,10 @@ def conversation(
     """
     last = turns[-1] if turns else None
     if last is None or not (last.role == "tool" or (last.role == "user" and last.text.strip())):
-        raise _EMPTY
+        raise InvalidPromptError(
+            "the prompt is empty",
+            hint="the last message must be the user's, or a tool's result, and say something",
+        )
     if tools or any(turn.role == "tool" or turn.tool_calls for turn in turns):
         given: dict[str, Any] = {"messages": _with_calls(turns)}
         if tools:
