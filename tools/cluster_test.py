@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -386,6 +388,62 @@ def ipv6(case: Case) -> None:
     say_it(boards[0])
 
 
+def responder(case: Case) -> None:
+    """Each host has an mDNS responder already, Avahi, which holds port 5353 and comes and goes."""
+    boards = case.bed.boards(2, "log.level=debug", start=False)
+    responders = [avahi(case.bed, board) for board in boards]
+    for board in boards:
+        board.start()
+    case.meet(boards, "found beside Avahi")
+    check(by(say_it(boards[0])) == {"board-1", "board-2"}, "not both proposed")
+    check(all(each.poll() is None for each in responders), "Avahi ended")
+    boards[1].stop()
+    for each in responders:
+        each.terminate()
+        each.wait()
+    again = avahi(case.bed, boards[0])  # it comes after the board
+    boards[1].start()
+    case.meet(boards, "again when it was restarted")
+    check(again.poll() is None, "Avahi ended")
+
+
+def avahi(bed: Bed, board: Board) -> subprocess.Popen[bytes]:
+    """Start this system's responder on a board's host, and wait until it answers there. It ends
+    with the namespaces of the bed.
+
+    :raises NoBedError: it is not installed.
+    """
+    program = shutil.which("avahi-daemon", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise NoBedError("Avahi is not installed (Debian: apt install avahi-daemon)")
+    place = bed.place / f"avahi-{board.name}"
+    place.mkdir(exist_ok=True)
+    (place / "conf").write_text(
+        f"[server]\nhost-name={board.name}\nenable-dbus=no\n[rlimits]\n", encoding="utf-8"
+    )
+    # It has a folder below /run, where one of the machine's own may be, and wants it to belong to
+    # its user and group, whom a bed without the rights of root does not know: there, they are root.
+    for known in ("passwd", "group"):
+        lines = Path("/etc", known).read_text("utf-8").splitlines()
+        root = "avahi:x:0:0:::" if known == "passwd" else "avahi:x:0:"
+        others = [line for line in lines if not line.startswith("avahi:")]
+        (place / known).write_text("\n".join([*others, root, ""]), encoding="utf-8")
+    start = (
+        'for f in passwd group; do mount --bind "$1/$f" "/etc/$f" || exit; done; '
+        'mount -t tmpfs none /run && exec "$0" --no-drop-root --no-chroot --no-rlimits -f "$1/conf"'
+    )
+    argv = ["unshare", "--mount", "sh", "-c", start, program, str(place)]
+    log = place / "log"
+    with log.open("wb") as told:
+        process = board.host.popen(argv, stdin=subprocess.DEVNULL, stdout=told, stderr=told)
+    wait(
+        lambda: b"startup complete" in log.read_bytes(),
+        KNOWN_S,
+        lambda: f"Avahi says {log.read_text('utf-8', 'replace')[-300:]}",
+    )
+    return process
+
+
 def clocks(case: Case) -> None:
     """Clocks in 1970 and 2040, and one that jumps by years during a prompt: time of day is nothing
     that anything depends on. Needs libfaketime."""
@@ -451,7 +509,8 @@ CASES: Final[dict[str, Callable[[Case], None]]] = {
     "one-way": one_way, "partial": partial, "partition": partition,
     "proposer-killed": proposer_killed, "frozen": frozen, "owner-killed": owner_killed,
     "power-cut": power_cut, "address-change": address_change, "late-interface": late_interface,
-    "unplugged": unplugged, "ipv6": ipv6, "clocks": clocks, "model": model,
+    "unplugged": unplugged, "ipv6": ipv6, "responder": responder, "clocks": clocks,
+    "model": model,
 }  # fmt: skip
 
 
