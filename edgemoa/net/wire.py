@@ -52,7 +52,7 @@ class Timings:
     deliver: float = 30.0  # unacknowledged for so long is undelivered
     no_link: float = 3.0  # undelivered when there is no link for so long
     idle: float = 3.0  # a link that was silent so long gives way to a new one
-    ping: tuple[float, ...] = (0.02, 0.1, 0.4, 1.0, 5.0)  # between tries to reach a peer by UDP
+    ping: tuple[float, ...] = (0.02, 0.1, 0.4, 1.0, 10.0)  # between tries to reach a peer by UDP
     retry_min: float = 0.25  # between rounds of dialling, doubled each time ...
     retry_max: float = 8.0  # ... up to this
     yield_dial: float = 0.4  # the board with the larger identity lets the other dial first
