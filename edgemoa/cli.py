@@ -137,7 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print one JSON object")
     _socket_option(status)
 
-    from edgemoa import cli_devices
+    from edgemoa import cli_board, cli_devices
+
+    board = _command(commands, "board", _board, "what kind of board this is, and what suits it")
+    cli_board.add_arguments(board)
+    _config_options(board)
 
     doctor = _command(
         commands, "doctor", _doctor, "check this board, and say what to do about what is wrong"
@@ -369,6 +373,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from edgemoa import cli_status
 
     return cli_status.run(_client(arguments), arguments.watch, as_json=arguments.json)
+
+
+def _board(arguments: argparse.Namespace) -> int:
+    from edgemoa import cli_board
+
+    return cli_board.run(arguments, lambda: _load(arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

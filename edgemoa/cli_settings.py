@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import pwd
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from edgemoa.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgemoa.config import Config
     from edgemoa.models.library import ModelLibrary
 
 CONFIG_FILES: Final = ("/etc/edgemoa/edgemoa.toml", "~/.config/edgemoa/edgemoa.toml")
+PROVISIONED: Final = "/etc/edgemoa/provisioned.toml"  # of the board's first boot, below the former
 
 
 def load(file: str | None = None, flags: Sequence[str] = ()) -> Config:
-    """The settings: of ``file`` or the first of :data:`CONFIG_FILES`, the environment, ``flags``.
+    """The settings: of ``flags``, the environment, ``file`` or the first of :data:`CONFIG_FILES`,
+    what the board was provisioned with, and its profile.
 
     :raises ConfigError: they cannot be read, or are not valid.
     """
@@ -28,7 +30,17 @@ def load(file: str | None = None, flags: Sequence[str] = ()) -> Config:
     path = Path(file) if file else None
     if path is None:
         path = next((found for name in CONFIG_FILES if (found := _exists(name))), None)
-    return config.load(path, flags=flags)
+    below = _exists(PROVISIONED) if path == Path(CONFIG_FILES[0]) else None
+    return config.load(path, below=below, flags=flags, profile=_profile_settings)
+
+
+def _profile_settings(asked: str) -> Mapping[str, Mapping[str, Any]]:
+    from edgemoa import hardware, profiles
+
+    if asked == profiles.NONE:
+        return {}
+    _, profile = profiles.of_machine(profiles.Facts(*hardware.facts()), asked)
+    return profile.settings if profile else {}
 
 
 def library(config: Config) -> ModelLibrary:

@@ -1,4 +1,5 @@
-"""Settings: defaults, then a TOML file, then the environment, then flags; checked as a whole.
+"""Settings: defaults, then the board's profile, then a TOML file, then the environment, then flags;
+checked as a whole.
 
 Each setting is declared once, with its type, bounds and meaning; the file's reference
 (``edgemoa config``), the environment names and the error messages all follow from it.
@@ -12,7 +13,7 @@ import json
 import os
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,14 @@ class Board(Section, frozen=True):
         str, Meta(description="identity, paired boards; made 0700 if missing (default: XDG state)")
     ] = ""
     models_dir: Annotated[str, Meta(description="model folders (default: XDG data)")] = ""
+    profile: Annotated[
+        str,
+        Meta(
+            max_length=limits.MAX_NAME_BYTES,
+            description="defaults for this kind of board, as `edgemoa board` shows them; auto: as"
+            " it is found to be; none: what is built in",
+        ),
+    ] = "auto"
 
 
 class Model(Section, frozen=True):
@@ -316,12 +325,17 @@ def settings() -> Iterator[tuple[str, str, Any, str]]:
 def load(
     file: Path | None = None,
     *,
+    below: Path | None = None,
     environment: Mapping[str, str] | None = None,
     flags: Iterable[str] = (),
+    profile: Callable[[str], Mapping[str, Mapping[str, Any]]] = lambda _: {},
 ) -> Config:
     """Read and check the settings.
 
     :param file: a TOML file; None for none.
+    :param below: another one, for what ``file`` does not say.
+    :param profile: settings, by section and key, for what ``board.profile`` says; they are what
+        counts where nothing else is set.
     :param environment: by default this process's.
     :param flags: ``section.key=value`` each.
     :raises ConfigError: with the place and the next step; nothing is half applied.
@@ -329,6 +343,10 @@ def load(
     tree: dict[str, Any] = _read(file) if file else {}
     origin = str(file) if file else "defaults"
     _check_names(tree, origin)
+    if below:
+        other = _read(below)
+        _check_names(other, str(below))
+        tree = _over(tree, other)
     environment = os.environ if environment is None else environment
     known = {f"{ENV_PREFIX}{s}_{k}".upper(): (s, k) for s, k, *_ in settings()}
     for variable, value in environment.items():
@@ -343,14 +361,29 @@ def load(
             )
         _check_names({section: {key: value}}, "--set")
         _put(tree, section, key, value)
+    config = _converted(tree, origin)
+    if defaults := profile(config.board.profile):
+        which = f"the profile {config.board.profile}"
+        _check_names(defaults, which)
+        config = _converted(_over(tree, defaults), f"{origin}, {which}")
+    _check_relations(config)
+    return config
+
+
+def _over(
+    tree: Mapping[str, Mapping[str, Any]], below: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Both, and where both say something the first."""
+    return {name: {**below.get(name, {}), **tree.get(name, {})} for name in {*below, *tree}}
+
+
+def _converted(tree: Mapping[str, Any], origin: str) -> Config:
     try:
-        config = msgspec.convert(tree, Config)
+        return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"configuration ({origin}): {error}", hint="see `edgemoa config` for every setting"
         ) from error
-    _check_relations(config)
-    return config
 
 
 def _check_relations(config: Config) -> None:
@@ -449,13 +482,14 @@ def _toml(key: str, value: Any) -> str:
         case int() if key.endswith("_mode"):
             return f"0o{value:o}"
         case str():
-            return _quoted(value)
+            return quoted(value)
         case tuple():
-            return "[" + ", ".join(_quoted(v) for v in value) + "]"
+            return "[" + ", ".join(quoted(v) for v in value) + "]"
         case _:
             return str(value)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """``text`` as a string of TOML."""
     # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

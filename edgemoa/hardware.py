@@ -5,6 +5,8 @@ Read from files of the kernel when somebody asks; what a board does not tell is 
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,7 @@ _MAX_READ_BYTES: Final = 4096
 _MAX_ZONES: Final = 64
 _HOTTEST_C: Final = 150  # a sensor that says more, or less than the cold of Siberia, is broken
 _COLDEST_C: Final = -60
+_PLAUSIBLE_TRIP_C: Final = 50
 # The firmware's word of a Raspberry Pi, as `vcgencmd get_throttled` shows it. Bits of the official
 # documentation of that command.
 _PI_THROTTLED: Final = Path("sys/devices/platform/soc/soc:firmware/get_throttled")
@@ -42,6 +45,36 @@ def board_name(root: Path = ROOT) -> str:
         if name:
             return name[:64]
     return ""
+
+
+def facts(root: Path = ROOT) -> tuple[tuple[str, ...], str, int]:
+    """What tells one kind of machine from another: the device tree's ``compatible``, the most exact
+    word first; the architecture; and the memory, in bytes, 0 if nobody says."""
+    words = _text(root / "sys/firmware/devicetree/base/compatible").split("\0")
+    found = re.search(r"(?m)^MemTotal:\s+(\d{1,12}) kB$", _text(root / "proc/meminfo"))
+    memory_bytes = int(found[1]) * 1024 if found else 0
+    return tuple(word for word in words if word), os.uname().machine, memory_bytes
+
+
+def throttle_at_c(root: Path = ROOT) -> float | None:
+    """From which temperature on the kernel slows the processor, in degrees Celsius, where it says:
+    the lowest of its passive trip points."""
+    found = []
+    for kind in _some(root / "sys/class/thermal", "thermal_zone*/trip_point_*_type"):
+        value = _number(kind.with_name(kind.name.replace("_type", "_temp")))
+        if _text(kind).strip() == "passive" and value is not None:
+            found.append(value / 1000)
+    return min((each for each in found if _PLAUSIBLE_TRIP_C < each < _HOTTEST_C), default=None)
+
+
+def written_bytes(root: Path = ROOT) -> int | None:
+    """What this process has had the kernel write to storage, in bytes, less what was taken back
+    before it got there."""
+    told = dict(line.partition(": ")[::2] for line in _text(root / "proc/self/io").splitlines())
+    try:
+        return max(0, int(told["write_bytes"]) - int(told["cancelled_write_bytes"]))
+    except (KeyError, ValueError):
+        return None
 
 
 def condition(root: Path = ROOT) -> Condition:

@@ -24,6 +24,8 @@ ALLOWED = {
     "show": set[str](),
     "completion": set[str](),
     "hardware": set[str](),
+    "profiles": {"errors"},
+    "provision": {"config", "core", "errors"},
     "systemd": {"errors"},
     "config": {"core", "errors"},
     "client": {"config", "errors"},
@@ -42,7 +44,7 @@ ALLOWED = {
 }
 JOINS = {
     "daemon", "demo", "cli", "cli_model", "cli_bench", "cli_sim", "cli_plan", "cli_peer_models",
-    "cli_chat", "cli_devices", "cli_status", "cli_doctor", "cli_settings",
+    "cli_chat", "cli_devices", "cli_status", "cli_doctor", "cli_settings", "cli_board",
     "__main__",
 }  # fmt: skip
 IMPURE = {
